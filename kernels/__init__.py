@@ -1,0 +1,1 @@
+"""Triton kernels of fuseformer: each module holds one family, its configs and its launchers."""
