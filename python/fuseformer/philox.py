@@ -1,9 +1,9 @@
 """Philox4x32-10 in PyTorch integer arithmetic: the dropout mask that every backend reproduces.
 
 One call of the generator yields four 32-bit words, split here into eight 16-bit numbers that decide
-a patch of rows {i, i + 8} by columns {j, j + 8, j + 16, j + 24}. In a tensor-core accumulator, and in
-that of the transposed product, those eight elements belong to one thread, so that a kernel computes
-no word twice. For element (batch b, head h, row i, column j):
+a patch of rows {i, i + 8} by columns {j, j + 8, j + 16, j + 24}. In a tensor-core accumulator, and
+in that of the transposed product, those eight elements belong to one thread, so that a kernel
+computes no word twice. For element (batch b, head h, row i, column j):
 
     counter = (j // 32 * 8 + j % 8,  i // 16 * 8 + i % 8,  h,  b),   key = the 64-bit seed
     word    = j // 8 % 4,   half = i // 8 % 2 (0 is the low one)
@@ -20,8 +20,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _LOW_WORD = 0xFFFFFFFF
 _ROUNDS = 10
-# Counters processed at a time: their int64 temporaries (about eight) then stay in a core's cache.
-_COUNTERS_PER_BLOCK = 1 << 14
+# Counters processed at a time: their int64 temporaries (about eight) then stay in the outer caches.
+_COUNTERS_PER_BLOCK = 1 << 16
 
 
 def dropout_threshold(p: float) -> int:
@@ -64,8 +64,8 @@ def keep_mask(
 ) -> Tensor:
     """Return which elements dropout with probability `p` keeps.
 
-    `seed` is an int64 scalar tensor and its device is the result's; `batches`, `heads` and `rows` are
-    ranges of step 1, the columns are ``0 .. columns - 1``. The result is a bool tensor of shape
+    `seed` is an int64 scalar tensor and its device is the result's; `batches`, `heads` and `rows`
+    are ranges of step 1, the columns are ``0 .. columns - 1``. The result is a bool tensor of shape
     (len(batches), len(heads), len(rows), columns), True where the element survives.
     """
     first = rows.start // 16

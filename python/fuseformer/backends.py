@@ -1,0 +1,214 @@
+"""Which implementation serves a call, why, and what served the last ones."""
+
+import importlib.util
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_TRITON_OPS = (
+    "attention",
+    "varlen_attention",
+    "feed_forward",
+    "add_layer_norm",
+    "linear_cross_entropy",
+)
+_HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+
+#: Device types on which Triton kernels can be launched. A test adds "cpu" while something executes
+#: them there; Triton's own interpreter does when TRITON_INTERPRET=1 was set before its import.
+TRITON_DEVICES = {"cuda"} | ({"cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else set())
+
+_override: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `choose_backend` decides on: an op, where and in what dtype it runs, who asks.
+
+    `shapes` are the sizes of the op's leading tensors, `options` the names of the optional features
+    in use, `head_dim` is 0 for ops without heads, `requested` a backend's name or None.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...] = ()
+    options: frozenset[str] = frozenset()
+    head_dim: int = 0
+    requested: str | None = None
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Return whether the triton package is installed, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def refusal(backend: str, request: Request) -> str | None:
+    """Return why `backend` cannot serve `request`, as a sentence, or None where it can."""
+    if backend == "cuda":
+        return "the CUDA C++ kernels are not part of this release"
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        if request.device != "cpu":
+            return f"the tensors are on {request.device}, not on the cpu"
+        return None
+    if not has_triton():
+        return "the triton package is not installed"
+    if request.device not in TRITON_DEVICES:
+        return f"Triton kernels do not run on {request.device} tensors"
+    if request.op not in _TRITON_OPS:
+        return f"there is no Triton kernel for {request.op} yet"
+    if request.dtype not in _HALF_AND_SINGLE:
+        return f"the Triton kernels take float32, float16 and bfloat16, not {request.dtype}"
+    if request.head_dim and not 8 <= request.head_dim <= 256:
+        return f"the Triton kernels take head dims from 8 to 256, not {request.head_dim}"
+    missing = sorted(
+        request.options & {"bias", "window", "softcap", "alibi_slopes", "sinks", "z_loss"}
+    )
+    if missing and request.op in ("attention", "varlen_attention"):
+        return f"the Triton kernel does not take {', '.join(missing)} yet"
+    return None
+
+
+def choose_backend(request: Request) -> tuple[str, str]:
+    """Return the backend that serves `request` and the reason, as a sentence.
+
+    A pure function of the request, given what is installed. Raises `ValueError` where a backend
+    asked for by name cannot serve, or has no such name: it never falls back in silence.
+    """
+    if request.requested is not None:
+        if request.requested not in BACKENDS:
+            raise ValueError(
+                f"backend: got {request.requested!r}, expected one of {', '.join(BACKENDS)} or None"
+            )
+        reason = refusal(request.requested, request)
+        if reason is not None:
+            raise ValueError(
+                f"backend: {request.requested!r} cannot serve {request.op}: {reason}; pass "
+                "backend=None to let fuseformer choose"
+            )
+        return request.requested, "asked for by name"
+    if request.device == "cpu":
+        return "cpu", "the tensors are on the cpu"
+    reason = refusal("triton", request)
+    if reason is None:
+        return "triton", f"fused Triton kernels serve this call on {request.device}"
+    return "reference", f"plain PyTorch, because {reason}"
+
+
+def requested_backend(backend: str | None) -> str | None:
+    """Return the backend asked for: the argument, else the one of `use_backend`, else None."""
+    return _override if backend is None else backend
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every op called inside by the backend `name`: "cuda", "triton", "cpu" or "reference".
+
+    Process-wide, like `torch.backends` settings. Ops raise `ValueError` where that backend cannot
+    serve them. Raises `ValueError` at once for an unknown name.
+    """
+    global _override
+    if name not in BACKENDS:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+@dataclass
+class Decision:
+    """One call that was served: its request, its backend, and how often it came in a row."""
+
+    request: Request
+    backend: str
+    calls: int = 1
+
+    def reason(self) -> str:
+        """Return why this backend served the call."""
+        automatic, why = choose_backend(replace(self.request, requested=None))
+        return why if automatic == self.backend else "asked for by name"
+
+    def refusals(self) -> dict[str, str]:
+        """Return, for each backend that could not have served the call, the reason."""
+        reasons = {name: refusal(name, self.request) for name in BACKENDS}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def __str__(self) -> str:
+        shapes = " ".join("x".join(map(str, shape)) for shape in self.request.shapes)
+        dtype = str(self.request.dtype).removeprefix("torch.")
+        options = f" [{', '.join(sorted(self.request.options))}]" if self.request.options else ""
+        times = f" ({self.calls} calls)" if self.calls > 1 else ""
+        lines = [
+            f"{self.request.op} {shapes} {dtype}{options}{times}: {self.backend}, {self.reason()}"
+        ]
+        lines += [f"    not {name}: {reason}" for name, reason in self.refusals().items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class Explanation:
+    """The decisions of the last calls; as a context manager, of the calls made inside it."""
+
+    decisions: list[Decision] = field(default_factory=list)
+
+    def __enter__(self) -> "Explanation":
+        self.decisions = []
+        _listeners.append(self.decisions)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for index, listener in enumerate(_listeners):
+            if listener is self.decisions:
+                del _listeners[index]
+                break
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.decisions)) or "no call of a fuseformer op yet"
+
+
+_recent: deque[Decision] = deque(maxlen=32)
+_listeners: list[list[Decision]] = []
+
+
+def record(request: Request, backend: str) -> None:
+    """Remember that `backend` served `request`, for `explain`."""
+    for log in (_recent, *_listeners):
+        if log and log[-1].backend == backend and log[-1].request == request:
+            log[-1].calls += 1
+        else:
+            log.append(Decision(request, backend))
+
+
+def explain() -> Explanation:
+    """Return which backend served each of the last calls, and why the others did not.
+
+    Print it, or use it as ``with fuseformer.explain() as decisions:`` to see only the calls made
+    inside. At most the last 32 distinct decisions are kept.
+    """
+    return Explanation(list(_recent))
+
+
+def request_for(
+    op: str,
+    lead: Tensor,
+    *others: Tensor,
+    options: frozenset[str] = frozenset(),
+    head_dim: int = 0,
+    requested: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Request:
+    """Return the request of `op`; `lead` gives the device, and the dtype unless given."""
+    shapes = tuple(tuple(int(n) for n in t.shape) for t in (lead, *others))
+    return Request(op, lead.device.type, dtype or lead.dtype, shapes, options, head_dim, requested)

@@ -1,0 +1,1 @@
+"""The ops on the CPU: PyTorch's own fast routines, with memory linear in the sequence length."""

@@ -1,0 +1,150 @@
+"""Vocabulary projection and cross entropy on the CPU, for supervised rows and a chunk at a time."""
+
+import torch
+from torch import Tensor
+
+from ..reference import widened
+
+# Logits of a chunk: 16 MiB of float32. Larger chunks gain no speed in the matmuls.
+_LOGITS_PER_CHUNK = 1 << 22
+
+
+def _supervised(target: Tensor, ignore_index: int, classes: int) -> Tensor:
+    """Return the indices (N,) of the rows that count; raise `ValueError` for a foreign class."""
+    rows = (target != ignore_index).nonzero().flatten()
+    chosen = target[rows]
+    if len(rows) and (int(chosen.min()) < 0 or int(chosen.max()) >= classes):
+        raise ValueError(
+            f"target: got classes from {int(chosen.min())} to {int(chosen.max())}, expected 0 to "
+            f"{classes - 1} or ignore_index {ignore_index}"
+        )
+    return rows
+
+
+def _chunks(rows: Tensor, classes: int) -> tuple[Tensor, ...]:
+    return rows.split(max(1, _LOGITS_PER_CHUNK // max(1, classes)))
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float
+) -> tuple[Tensor, Tensor | None]:
+    """Return the logits (N, V) and, with a softcap, the derivative of the cap."""
+    logits = widened(torch.nn.functional.linear(hidden, weight, bias))
+    if not softcap:
+        return logits, None
+    bounded = torch.tanh(logits / softcap)
+    return softcap * bounded, 1 - bounded**2
+
+
+def _losses(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return the loss and the log-sum-exp of each row, both (N,)."""
+    lse = torch.logsumexp(logits, -1)
+    chosen = logits.gather(1, target[:, None]).squeeze(1)
+    if label_smoothing:
+        chosen = (1 - label_smoothing) * chosen + label_smoothing * logits.mean(-1)
+    return lse - chosen, lse
+
+
+def _logit_gradients(
+    logits: Tensor,
+    slope: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    factors: Tensor,
+    label_smoothing: float,
+) -> Tensor:
+    """Turn `logits` in place into the gradient of ``sum(factors * loss)``; `factors` is (N, 1)."""
+    gradient = logits.sub_(lse[:, None]).exp_()
+    if label_smoothing:
+        gradient.sub_(label_smoothing / logits.shape[1])
+    gradient.scatter_add_(1, target[:, None], lse.new_full((len(target), 1), label_smoothing - 1))
+    gradient.mul_(factors)
+    return gradient if slope is None else gradient.mul_(slope)
+
+
+class _Gradients:
+    """Sums of the gradients of hidden, weight and bias over chunks."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.dhidden = torch.zeros_like(hidden)
+        self.dweight = torch.zeros(weight.shape, dtype=widened(weight[:0]).dtype)
+        self.dbias = None if bias is None else torch.zeros(bias.shape, dtype=self.dweight.dtype)
+
+    def add(self, rows: Tensor, gradient: Tensor) -> None:
+        narrow = gradient.to(self.hidden.dtype)
+        self.dhidden[rows] = narrow @ self.weight
+        if self.dweight.dtype == narrow.dtype:
+            self.dweight.addmm_(narrow.T, self.hidden[rows])
+        else:
+            self.dweight += narrow.T @ self.hidden[rows]
+        if self.dbias is not None:
+            self.dbias += gradient.sum(0)
+
+    def results(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        dbias = None if self.dbias is None or bias is None else self.dbias.to(bias.dtype)
+        return self.dhidden, self.dweight.to(self.weight.dtype), dbias
+
+
+def linear_cross_entropy_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    reduction: str,
+    compute_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the loss, the lse (T,), and with `compute_grads` the gradients of the reduced loss."""
+    rows = _supervised(target, ignore_index, weight.shape[0])
+    dtype = widened(hidden[:0]).dtype
+    losses, lses = torch.zeros(target.shape, dtype=dtype), torch.zeros(target.shape, dtype=dtype)
+    gradients = _Gradients(hidden, weight, bias) if compute_grads else None
+    factor = 1 / max(1, len(rows)) if reduction == "mean" else 1.0
+    for chunk in _chunks(rows, weight.shape[0]):
+        logits, slope = _logits(hidden[chunk], weight, bias, softcap)
+        losses[chunk], lse = _losses(logits, target[chunk], label_smoothing)
+        lses[chunk] = lse
+        if gradients is not None:
+            factors = lse.new_full((len(chunk), 1), factor)
+            gradients.add(
+                chunk,
+                _logit_gradients(logits, slope, target[chunk], lse, factors, label_smoothing),
+            )
+    loss = losses
+    if reduction != "none":
+        loss = losses.sum()
+    if reduction == "mean":
+        loss = loss / len(rows) if len(rows) else torch.full_like(loss, torch.nan)
+    return (loss, lses, *((None, None, None) if gradients is None else gradients.results(bias)))
+
+
+def linear_cross_entropy_backward(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of hidden, weight and bias, with the logits computed a second time."""
+    rows = _supervised(target, ignore_index, weight.shape[0])
+    gradients = _Gradients(hidden, weight, bias)
+    if reduction == "mean":
+        dloss = dloss / max(1, len(rows))
+    factors = dloss.to(lse.dtype).expand(target.shape)
+    for chunk in _chunks(rows, weight.shape[0]):
+        logits, slope = _logits(hidden[chunk], weight, bias, softcap)
+        gradients.add(
+            chunk,
+            _logit_gradients(
+                logits, slope, target[chunk], lse[chunk], factors[chunk, None], label_smoothing
+            ),
+        )
+    return gradients.results(bias)

@@ -1,0 +1,90 @@
+"""Feed-forward blocks on the CPU: vendor matmuls, and only pre-activations kept for backward."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..philox import dropout_scale, keep_mask
+from ..reference import apply_activation
+
+_ATEN = torch.ops.aten
+
+
+def _activation_gradient(gradient: Tensor, pre: Tensor, activation: str) -> Tensor:
+    """Return the gradient of the pre-activation `pre` given that of the activation."""
+    if activation == "relu":
+        return _ATEN.threshold_backward(gradient, pre, 0)
+    if activation == "silu":
+        return _ATEN.silu_backward(gradient, pre)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return _ATEN.gelu_backward(gradient, pre, approximate=approximate)
+
+
+def _drop_(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Apply the dropout of hidden activations (T, hidden) in place."""
+    if dropout_p > 0:
+        assert seed is not None
+        keep = keep_mask(seed, dropout_p, range(1), range(1), range(x.shape[0]), x.shape[1])
+        x.mul_(keep[0, 0]).mul_(dropout_scale(dropout_p))
+    return x
+
+
+def feed_forward_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the output (T, width) and the pre-activation (T, hidden)."""
+    pre = F.linear(x, w1, b1)
+    return F.linear(_drop_(apply_activation(pre, activation), dropout_p, seed), w2, b2), pre
+
+
+def feed_forward_backward(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    pre: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    has_b2: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Return the gradients of x, w1, b1, w2 and b2; those of absent biases are None."""
+    dw2 = dy.T @ _drop_(apply_activation(pre, activation), dropout_p, seed)
+    dpre = _activation_gradient(_drop_(dy @ w2, dropout_p, seed), pre, activation)
+    db1 = None if b1 is None else dpre.sum(0)
+    return dpre @ w1, dpre.T @ x, db1, dw2, dy.sum(0) if has_b2 else None
+
+
+def gated_feed_forward_forward(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output (T, width) and both products (T, hidden) that backward needs."""
+    gate_pre, up = F.linear(x, w_gate), F.linear(x, w_up)
+    return F.linear(apply_activation(gate_pre, activation).mul_(up), w_down), gate_pre, up
+
+
+def gated_feed_forward_backward(
+    dy: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    gate_pre: Tensor,
+    up: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, w_gate, w_up and w_down."""
+    gate = apply_activation(gate_pre, activation)
+    dw_down = dy.T @ (gate * up)
+    dhidden = dy @ w_down
+    dgate = _activation_gradient(dhidden * up, gate_pre, activation)
+    dup = dhidden.mul_(gate)
+    return torch.addmm(dgate @ w_gate, dup, w_up), dgate.T @ x, dup.T @ x, dw_down

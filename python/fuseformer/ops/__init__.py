@@ -1,0 +1,1 @@
+"""The public functions and the custom ops behind them, once for all backends."""

@@ -1,0 +1,202 @@
+"""Vocabulary projection with its cross entropy: the public function and its custom op."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import choose_backend, record, request_for, requested_backend
+from . import checks
+from .attention import lse_dtype, used_options
+from .registration import autocast_dtype, present, register_autocast
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def _kernels(backend: str) -> Any:
+    package = {"triton": "fuseformer.kernels", "cpu": "fuseformer.cpu"}[backend]
+    return importlib.import_module(f"{package}.cross_entropy")
+
+
+@torch.library.custom_op("fuseformer::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    reduction: str,
+    compute_grads: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    record(request_for("linear_cross_entropy", hidden, weight), backend)
+    loss, lse, *gradients = _kernels(backend).linear_cross_entropy_forward(
+        hidden,
+        weight,
+        bias,
+        target,
+        ignore_index,
+        label_smoothing,
+        softcap,
+        reduction,
+        compute_grads,
+    )
+    dhidden, dweight, dbias = (present(g, hidden) for g in gradients)
+    return loss, lse, dhidden, dweight, dbias
+
+
+@_linear_cross_entropy.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    reduction: str,
+    compute_grads: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    lse = hidden.new_empty(target.shape, dtype=lse_dtype(hidden))
+    loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
+    shapes = [hidden.shape, weight.shape, (0,) if bias is None else bias.shape]
+    dhidden, dweight, dbias = (hidden.new_empty(s if compute_grads else (0,)) for s in shapes)
+    return loss, lse, dhidden, dweight, dbias
+
+
+@torch.library.custom_op("fuseformer::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight, dbias = _kernels(backend).linear_cross_entropy_backward(
+        dloss, hidden, weight, bias, target, lse, ignore_index, label_smoothing, softcap, reduction
+    )
+    return dhidden, dweight, present(dbias, hidden)
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(
+    dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = hidden.new_empty(0) if bias is None else torch.empty_like(bias)
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), dbias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, *options, ctx.compute_grads, ctx.backend = inputs
+    ctx.options, ctx.has_bias = options, bias is not None
+    if ctx.compute_grads:
+        ctx.save_for_backward(*output[2:])
+    else:
+        ctx.save_for_backward(hidden, weight, bias, target, output[1])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
+    if ctx.compute_grads:
+        # The gradients of the reduced loss were formed beside it, while each chunk's logits lived.
+        dhidden, dweight, dbias = (g * dloss.to(g.dtype) for g in ctx.saved_tensors)
+    else:
+        dhidden, dweight, dbias = _linear_cross_entropy_backward(
+            dloss, *ctx.saved_tensors, *ctx.options, ctx.backend
+        )
+    return (dhidden, dweight, dbias if ctx.has_bias else None, *(None,) * 7)
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_save)
+register_autocast(_linear_cross_entropy, ("hidden", "weight", "bias"))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Return the cross entropy of ``hidden @ weight.T + bias`` against `target`.
+
+    Shapes: `hidden` (..., width), `weight` (classes, width), `bias` (classes,) or None, `target`
+    (...) int64. Rows whose target is `ignore_index` cost nothing, and logits exist a chunk at a
+    time. A `softcap` c replaces logits x by ``c * tanh(x / c)``.
+
+    Returns a float32 scalar for the reductions "mean" (over the rows that count; NaN where none
+    does) and "sum", or the loss of each row (...), 0 where ignored, for "none". Raises
+    `ValueError` or `TypeError` that names the argument, on the CPU also for a class out of range.
+
+    Source: `torch.nn.functional.cross_entropy` for the loss; Hsu et al., "Liger Kernel", 2024, for
+    forming the gradients beside it.
+    """
+    checks.tensor("hidden", hidden)
+    checks.tensor("weight", weight, 2, like=hidden)
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected (classes, {hidden.shape[-1]})"
+        )
+    checks.integers("target", target, (torch.int64,), hidden)
+    checks.shape("target", target, tuple(hidden.shape[:-1]), "hidden's leading dimensions")
+    if bias is not None:
+        checks.tensor("bias", bias, 1, like=hidden)
+        checks.shape("bias", bias, (weight.shape[0],), "(classes,)")
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    smoothing = checks.probability("label_smoothing", label_smoothing)
+    cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
+    dtype = autocast_dtype(hidden)
+    request = request_for(
+        "linear_cross_entropy",
+        hidden,
+        weight,
+        options=used_options(softcap=cap),
+        requested=requested_backend(backend),
+        dtype=dtype,
+    )
+    name, _ = choose_backend(request)
+    rows, classes = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    if name == "reference":
+        record(request, name)
+        loss = reference.linear_cross_entropy(
+            rows.to(dtype),
+            weight.to(dtype),
+            classes,
+            None if bias is None else bias.to(dtype),
+            ignore_index=ignore_index,
+            label_smoothing=smoothing,
+            softcap=cap,
+            reduction=reduction,
+        )
+    else:
+        parameters = [t for t in (hidden, weight, bias) if t is not None]
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in parameters)
+        loss, *_ = _linear_cross_entropy(
+            rows,
+            weight,
+            bias,
+            classes,
+            ignore_index,
+            smoothing,
+            cap,
+            reduction,
+            learns and reduction != "none",
+            name,
+        )
+    return loss.view(target.shape) if reduction == "none" else loss

@@ -1,0 +1,271 @@
+"""Attention within packed sequences: the public function and its custom op."""
+
+import importlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import choose_backend, record, request_for, requested_backend
+from . import checks
+from .attention import check_extras, check_heads, lse_dtype, used_options
+from .registration import absent, autocast_dtype, present, register_autocast
+
+
+def _kernels(backend: str) -> Any:
+    return importlib.import_module(
+        {"triton": "fuseformer.kernels.attention", "cpu": "fuseformer.cpu.varlen_attention"}[
+            backend
+        ]
+    )
+
+
+@torch.library.custom_op("fuseformer::varlen_attention", mutates_args=())
+def _varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    options = used_options(
+        window=(window_left, window_right),
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    record(request_for("varlen_attention", q, k, options=options, head_dim=q.shape[-1]), backend)
+    return _kernels(backend).varlen_attention_forward(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        alibi_slopes,
+        sinks,
+        seed,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        scale,
+        dropout_p,
+    )
+
+
+@_varlen_attention.register_fake
+def _(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype(q))
+
+
+@torch.library.custom_op("fuseformer::varlen_attention_backward", mutates_args=())
+def _varlen_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dsinks = _kernels(backend).varlen_attention_backward(
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        alibi_slopes,
+        sinks,
+        seed,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        scale,
+        dropout_p,
+    )
+    return dq, dk, dv, present(dsinks, q)
+
+
+@_varlen_attention_backward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = arguments[2:5]
+    sinks = arguments[12]
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_q, cu_k, max_q, max_k, alibi_slopes, sinks, seed, *options, backend = inputs
+    ctx.save_for_backward(q, k, v, cu_q, cu_k, alibi_slopes, sinks, seed, *output)
+    ctx.lengths, ctx.options, ctx.backend = (max_q, max_k), options, backend
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, cu_q, cu_k, alibi_slopes, sinks, seed, out, lse = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (None,) * 17
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv, dsinks = _varlen_attention_backward(
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_q,
+        cu_k,
+        *ctx.lengths,
+        alibi_slopes,
+        sinks,
+        seed,
+        *ctx.options,
+        ctx.backend,
+    )
+    return (dq, dk, dv, None, None, None, None, None, absent(dsinks), *(None,) * 8)
+
+
+_varlen_attention.register_autograd(_backward, setup_context=_save)
+register_autocast(_varlen_attention, ("q", "k", "v"))
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool | str = False,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Return attention within each of the packed sequences; nothing is spent on padding.
+
+    Shapes: `q` (Tq, H, D), `k` and `v` (Tk, Hkv, D). Sequence n owns the rows ``cu_seqlens[n]`` to
+    ``cu_seqlens[n + 1]``; both offset tensors are int32 (N + 1,), and `max_seqlen_q`,
+    `max_seqlen_k` bound the sequences' lengths. The other arguments are those of `attention`.
+
+    Returns the output (Tq, H, D), and with `return_lse` also the log-sum-exp (H, Tq) in float32.
+    Raises `ValueError` or `TypeError` that names the argument; on the CPU also where the offsets
+    fall or do not end at the number of tokens.
+    """
+    checks.tensor("q", q, 3)
+    checks.tensor("k", k, 3, like=q)
+    checks.tensor("v", v, 3, like=q)
+    check_heads(q, k, v, 1)
+    check_extras(q, q.shape[1], alibi_slopes, sinks)
+    for label, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        checks.integers(label, offsets, (torch.int32,), q)
+        if offsets.ndim != 1 or offsets.shape[0] < 1:
+            raise ValueError(
+                f"{label}: got shape {tuple(offsets.shape)}, expected (sequences + 1,)"
+            )
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_k: got {cu_seqlens_k.shape[0]} offsets, expected "
+            f"{cu_seqlens_q.shape[0]} as in cu_seqlens_q"
+        )
+    alignment, sides = checks.causal(causal), checks.window(window)
+    cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
+    p = checks.probability("dropout_p", dropout_p)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
+    scale = checks.finite("scale", scale)
+    dtype = autocast_dtype(q)
+    request = request_for(
+        "varlen_attention",
+        q,
+        k,
+        options=used_options(window=sides, softcap=cap, alibi_slopes=alibi_slopes, sinks=sinks),
+        head_dim=q.shape[-1],
+        requested=requested_backend(backend),
+        dtype=dtype,
+    )
+    name, _ = choose_backend(request)
+    seed_tensor = checks.dropout_seed(seed, p, q)
+    if name == "reference":
+        record(request, name)
+        out, lse = reference.varlen_attention(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            causal=alignment,
+            window=sides,
+            softcap=cap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            scale=scale,
+            dropout_p=p,
+            seed=seed_tensor,
+        )
+    else:
+        out, lse = _varlen_attention(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            alibi_slopes,
+            sinks,
+            seed_tensor,
+            alignment,
+            *sides,
+            cap,
+            scale,
+            p,
+            name,
+        )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,344 @@
+"""Every op in plain, differentiable PyTorch: the tests' oracle and the last resort.
+
+Nothing here is fast, and logits exist in full. Softmax and sums run in float32 for half-precision
+inputs, as in every backend; float64 stays float64, so that `torch.autograd.gradcheck` applies.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .philox import dropout_scale, keep_mask
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return `x` in the dtype that sums are taken in: float64 for float64, float32 otherwise."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def apply_activation(x: Tensor, activation: str) -> Tensor:
+    """Return the activation named by one of `ACTIVATIONS`, element by element."""
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def visible(
+    rows: Tensor,
+    columns: Tensor,
+    offset: int,
+    causal: bool,
+    window: tuple[int, int],
+) -> Tensor:
+    """Return which keys a query may see by position alone.
+
+    `rows` (R,) and `columns` (C,) are positions, `offset` shifts the diagonal to the right; the
+    result is bool (R, C). A window side of -1 is unbounded.
+    """
+    distance = columns[None, :] - (rows[:, None] + offset)  # (R, C), positive: the future
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    left, right = window
+    if causal:
+        seen &= distance <= 0
+    if left >= 0:
+        seen &= distance >= -left
+    if right >= 0:
+        seen &= distance <= right
+    return seen
+
+
+def capped_logits(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+    """Return ``q @ k.T * scale`` (B, H, R, C), capped by a `softcap` other than 0."""
+    logits = widened(q @ k.transpose(-2, -1)) * scale
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def add_bias_and_masks(
+    logits: Tensor,
+    *,
+    rows: range | Tensor,
+    columns: range,
+    offset: int,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    bias: Tensor | None,
+    window: tuple[int, int],
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """Return `logits` (B, H, R, C) with bias and ALiBi added and -inf where a key is not visible.
+
+    The logits are those of the query positions `rows` and the key positions `columns`; masks and
+    `bias` are given for all positions and sliced here, except that where `rows` is a tensor (R,) of
+    chosen positions `bias` holds just those. `offset` shifts the diagonal to the right.
+    """
+    if bias is not None:
+        if bias.shape[-2] > 1 and isinstance(rows, range):
+            bias = bias[..., rows.start : rows.stop, :]
+        if bias.shape[-1] > 1:
+            bias = bias[..., columns.start : columns.stop]
+        logits = logits + bias
+    row = rows
+    if isinstance(rows, range):
+        row = torch.arange(rows.start, rows.stop, device=logits.device)
+    column = torch.arange(columns.start, columns.stop, device=logits.device)
+    if alibi_slopes is not None:
+        distance = (row[:, None] + offset - column[None, :]).abs()
+        logits = logits - alibi_slopes.to(logits.dtype)[:, None, None] * distance
+    if causal or window != (-1, -1):
+        logits = logits.masked_fill(~visible(row, column, offset, causal, window), -math.inf)
+    if key_padding_mask is not None:
+        padding = key_padding_mask[:, None, None, columns.start : columns.stop]
+        logits = logits.masked_fill(padding, -math.inf)
+    if key_lengths is not None:
+        padding = column >= key_lengths[:, None]
+        logits = logits.masked_fill(padding[:, None, None, :], -math.inf)
+    return logits
+
+
+def softmax_with_lse(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the probabilities (..., H, R, Sk) of `logits` and their log-sum-exp (..., H, R).
+
+    A row that sees nothing has probabilities 0 and lse -inf, with zero gradients; `sinks` (H,) adds
+    a logit per head to the denominator alone.
+    """
+    if logits.shape[-1]:
+        top = logits.detach().amax(-1, keepdim=True)
+    else:
+        top = logits.new_full((*logits.shape[:-1], 1), -math.inf)
+    if sinks is not None:
+        sink = sinks.to(logits.dtype)[:, None, None]
+        top = torch.maximum(top, sink.detach())
+    top = torch.where(top == -math.inf, torch.zeros_like(top), top)
+    weights = torch.exp(logits - top)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sink - top)
+    empty = total == 0
+    total = torch.where(empty, torch.ones_like(total), total)
+    lse = (torch.log(total) + top).masked_fill(empty, -math.inf)
+    return weights / total, lse.squeeze(-1)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Return key or value heads (B, Hkv, S, D) repeated to `heads` query heads."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: str = "none",
+    key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    bias: Tensor | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return the output (B, H, Sq, D) of scaled dot-product attention and its lse (B, H, Sq).
+
+    Arguments are those of `fuseformer.attention` after its checks: `causal` is "none", "top_left"
+    or "bottom_right", a `softcap` of 0 is off. `first_batch` is what the dropout mask calls batch
+    0.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1.
+    """
+    batch, heads, sq, head_dim = q.shape
+    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+    sk = k.shape[2]
+    logits = capped_logits(q, k, 1 / math.sqrt(head_dim) if scale is None else scale, softcap)
+    logits = add_bias_and_masks(
+        logits,
+        rows=range(sq),
+        columns=range(sk),
+        offset=sk - sq if causal == "bottom_right" else 0,
+        causal=causal != "none",
+        key_padding_mask=key_padding_mask,
+        key_lengths=key_lengths,
+        bias=bias,
+        window=window,
+        alibi_slopes=alibi_slopes,
+    )
+    weights, lse = softmax_with_lse(logits, sinks)
+    if dropout_p > 0:
+        assert seed is not None
+        batches = range(first_batch, first_batch + batch)
+        keep = keep_mask(seed, dropout_p, batches, range(heads), range(sq), sk)
+        weights = weights * keep * dropout_scale(dropout_p)
+    return weights.to(q.dtype) @ v, lse
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: str = "none",
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output (Tq, H, D) of attention within each packed sequence and its lse (H, Tq).
+
+    `q` is (Tq, H, D), `k` and `v` (Tk, Hkv, D); sequence n owns the rows ``cu_seqlens[n]`` to
+    ``cu_seqlens[n + 1]`` of each.
+    """
+    outs, lses = [q.new_zeros(0, *q.shape[1:])], [widened(q.new_zeros(q.shape[1], 0))]
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for n in range(len(starts_q) - 1):
+        rows = slice(starts_q[n], starts_q[n + 1])
+        columns = slice(starts_k[n], starts_k[n + 1])
+        out, lse = attention(
+            q[rows].transpose(0, 1)[None],
+            k[columns].transpose(0, 1)[None],
+            v[columns].transpose(0, 1)[None],
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+            first_batch=n,
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def _dropout(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
+    """Return `x` (T, width) after dropout; `stream` takes the place of the head in the counter."""
+    if p == 0:
+        return x
+    assert seed is not None
+    keep = keep_mask(seed, p, range(1), range(stream, stream + 1), range(x.shape[0]), x.shape[1])
+    return x * keep[0, 0] * dropout_scale(p)
+
+
+def feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return ``dropout(activation(x @ w1.T + b1)) @ w2.T + b2`` for `x` (T, width)."""
+    hidden = apply_activation(F.linear(x, w1, b1), activation)
+    return F.linear(_dropout(hidden, dropout_p, seed, 0), w2, b2)
+
+
+def gated_feed_forward(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, activation: str
+) -> Tensor:
+    """Return ``(activation(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T``.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    return F.linear(apply_activation(F.linear(x, w_gate), activation) * F.linear(x, w_up), w_down)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return ``layer_norm(residual + dropout(x))`` over the last dimension of `x` (T, width)."""
+    total = widened(residual) + _dropout(widened(x), dropout_p, seed, 1)
+    shift = None if bias is None else bias.to(total.dtype)
+    return F.layer_norm(total, x.shape[-1:], weight.to(total.dtype), shift, eps).to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the RMS norm of the new residual, and the new residual ``residual + dropout(x)``.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
+    total = widened(residual) + _dropout(widened(x), dropout_p, seed, 1)
+    residual = total.to(x.dtype)
+    return F.rms_norm(widened(residual), x.shape[-1:], weight.to(total.dtype), eps).to(
+        x.dtype
+    ), residual
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the cross entropy of ``hidden @ weight.T + bias`` (T, V) against `target` (T,)."""
+    logits = widened(F.linear(hidden, weight, bias))
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(
+        logits,
+        target,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
+    """Return `x` (B, H, S, D) with its first R dimensions rotated by the position's angles.
+
+    `cos` and `sin` are (S, R/2) or (B, S, R/2); dimension i turns against dimension i + R/2, the
+    rest pass through. `inverse` rotates back.
+
+    Source: Su et al., "RoFormer", 2021, section 3.2, in the half-split layout of GPT-NeoX and
+    Llama.
+    """
+    half = cos.shape[-1]
+    cos, sin = (t.unsqueeze(-3).to(widened(x).dtype) for t in (cos, sin))  # (1 or B, 1, S, R/2)
+    if inverse:
+        sin = -sin
+    first, second, rest = widened(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(x.dtype)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `q` and `k` with rotary position embedding; shapes as in `rotate`."""
+    return rotate(q, cos, sin), rotate(k, cos, sin)
