@@ -84,8 +84,9 @@ def add_bias_and_masks(
         if bias.shape[-1] > 1:
             bias = bias[..., columns.start : columns.stop]
         logits = logits + bias
-    row = rows
-    if isinstance(rows, range):
+    if isinstance(rows, Tensor):
+        row = rows
+    else:
         row = torch.arange(rows.start, rows.stop, device=logits.device)
     column = torch.arange(columns.start, columns.stop, device=logits.device)
     if alibi_slopes is not None:

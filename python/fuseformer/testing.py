@@ -14,14 +14,14 @@ def assert_close_to_reference(
     factor: float = 2.0,
     name: str = "result",
 ) -> None:
-    """Fail unless `actual` errs at most `factor` times as much as plain PyTorch in the same precision.
+    """Fail unless `actual` errs at most `factor` times as much as plain PyTorch in its precision.
 
     `actual`, `reference` and `low_precision` have one shape. `reference` is the float32 or float64
     result; `low_precision` is what plain PyTorch gives when the same maths runs in the dtype under
-    test. The bound is ``max|actual - reference| <= factor * max|low_precision - reference| + 1e-5``;
-    use a factor of 2 for outputs and 3 for gradients. Positions where the reference is infinite must
-    hold the same infinity. Raises `AssertionError` with both errors, and where `actual` has a NaN or an
-    infinity that the reference lacks.
+    test. The bound on ``max|actual - reference|`` is ``factor * max|low_precision - reference|``
+    plus 1e-5; use a factor of 2 for outputs and 3 for gradients. Where the reference is infinite,
+    `actual` must hold the same infinity. Raises `AssertionError` with both errors, and where
+    `actual` has a NaN or an infinity that the reference lacks.
     """
     if actual.shape != reference.shape or low_precision.shape != reference.shape:
         raise AssertionError(

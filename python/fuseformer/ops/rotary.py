@@ -67,8 +67,9 @@ def rotary(
         lead = (q.shape[2],) if table.ndim == 2 else (q.shape[0], q.shape[2])
         if tuple(table.shape[:-1]) != lead or 2 * table.shape[-1] > q.shape[-1]:
             raise ValueError(
-                f"{name}: got shape {tuple(table.shape)}, expected (length, R/2) or (batch, length, "
-                f"R/2) with length {q.shape[2]}, batch {q.shape[0]} and R at most {q.shape[-1]}"
+                f"{name}: got shape {tuple(table.shape)}, expected (length, R/2) or "
+                f"(batch, length, R/2) with length {q.shape[2]}, batch {q.shape[0]} and R at "
+                f"most {q.shape[-1]}"
             )
     checks.shape("sin", sin, tuple(cos.shape), "the shape of cos")
     dtype = autocast_dtype(q)

@@ -1,0 +1,47 @@
+# Two commands for everybody: `make demo` and `make test`. Both make .venv on their first call.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+WORKERS ?= 2
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo     tune the reference Transformer on real text; writes demo/report.html"
+	@echo "make test     the whole test suite, no GPU needed"
+	@echo "make lint     ruff, mypy and clang-format, as in CI"
+	@echo "make format   let ruff and clang-format rewrite the sources"
+	@echo "make clean    remove .venv and everything built"
+
+# ttsem's metadata asks for Python 3.12; it is known to work from 3.11 on, without dependencies.
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable '.[tune,bench,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
+	touch $@
+
+demo: $(READY)
+	$(BIN)/fuseformer demo --output demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@sources=$$(find csrc -name '*.h' -o -name '*.cu' -o -name '*.cpp' 2>/dev/null); \
+	if [ -n "$$sources" ]; then $(BIN)/clang-format --dry-run --Werror $$sources; fi
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	@sources=$$(find csrc -name '*.h' -o -name '*.cu' -o -name '*.cpp' 2>/dev/null); \
+	if [ -n "$$sources" ]; then $(BIN)/clang-format -i $$sources; fi
+
+clean:
+	rm -rf $(VENV) build dist demo runs python/*.egg-info
