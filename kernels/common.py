@@ -1,4 +1,4 @@
-"""What all kernel families share: the dropout mask of a tile, how a kernel is launched, its spec."""
+"""What kernel families share: the dropout mask of a tile, launching, and specs for compiling."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -109,7 +109,8 @@ class KernelSpec:
         for parameter in self.kernel.params:
             name = parameter.name
             value = self.arguments.get(name, parameter.default)
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            one = type(value) is int and value == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or one:
                 signature[name] = "constexpr"
                 constexprs[(parameter.num,)] = value
             elif isinstance(value, Tensor):

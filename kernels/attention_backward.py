@@ -1,0 +1,307 @@
+"""Flash attention in Triton: what the backward pass launches, and its preprocessing kernel."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_gradients import attention_key_gradient_kernel, attention_query_gradient_kernel
+from .attention_tiles import (
+    LOG2E,
+    RUNTIME_SIZES,
+    Layout,
+    aligned,
+    check_served,
+    head_base,
+    load_tile,
+    positive_scale,
+    sequence_bounds,
+    tile_offsets,
+    unit_stride,
+)
+from .common import launch
+
+# ------------------------------------------------------------------------------------------------
+# Configs
+# ------------------------------------------------------------------------------------------------
+
+_DELTA_BLOCK_M = 64
+
+# (BLOCK_M, BLOCK_N, warps, stages) by the head dim of the tiles, for 16-bit types.
+_KEY_CONFIGS = {
+    "sm_80": {
+        16: (64, 128, 4, 2),
+        32: (64, 128, 4, 2),
+        64: (64, 128, 8, 2),
+        128: (32, 128, 8, 2),
+        256: (32, 64, 8, 1),
+    },
+}
+_QUERY_CONFIGS = {
+    "sm_80": {
+        16: (128, 32, 4, 2),
+        32: (128, 32, 4, 2),
+        64: (128, 32, 4, 2),
+        128: (128, 32, 8, 2),
+        256: (64, 32, 8, 1),
+    },
+}
+for _table in (_KEY_CONFIGS, _QUERY_CONFIGS):
+    _table["sm_86"] = _table["sm_90"] = _table["sm_100"] = _table["sm_80"]
+_SINGLE_CONFIGS = {
+    16: (32, 32, 4, 1),
+    32: (32, 32, 4, 1),
+    64: (32, 32, 4, 1),
+    128: (32, 32, 8, 1),
+    256: (16, 32, 8, 1),
+}
+
+
+def key_gradient_config(layout: Layout) -> tuple[int, int, int, int]:
+    """Return (BLOCK_M, BLOCK_N, warps, stages) of the dk/dv pass for a call."""
+    if layout.dtype == torch.float32:
+        return _SINGLE_CONFIGS[layout.block_d]
+    return _KEY_CONFIGS[layout.family][layout.block_d]
+
+
+def query_gradient_config(layout: Layout) -> tuple[int, int, int, int]:
+    """Return (BLOCK_M, BLOCK_N, warps, stages) of the dq pass for a call."""
+    if layout.dtype == torch.float32:
+        return _SINGLE_CONFIGS[layout.block_d]
+    return _QUERY_CONFIGS[layout.family][layout.block_d]
+
+
+# ------------------------------------------------------------------------------------------------
+# Kernels
+# ------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def attention_delta_kernel(
+    out_ptr, stride_ob, stride_oh, stride_os,
+    dout_ptr, stride_dob, stride_doh, stride_dos,
+    lse_ptr, dlse_ptr, lse_log2_ptr, delta_ptr, stride_lb, stride_lh,
+    cu_seqlens_q, cu_seqlens_k, heads, seqlen_q, seqlen_k,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Compute delta, and the lse in units of exp2, of one query block of one head.
+
+    Grid as in the forward pass. A row without keys gets an lse of +inf and delta 0: whatever comes
+    in from dout or dlse, its probabilities are 0 and its gradients exactly 0.
+    """
+    blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    pid = tl.program_id(0)
+    batch = pid // (blocks * heads)
+    head = pid // blocks % heads
+    row = (pid % blocks) * BLOCK_M
+    start_q, _, seqlen_q, _, _, _ = sequence_bounds(
+        batch, cu_seqlens_q, cu_seqlens_k, None, seqlen_q, seqlen_k, False
+    )
+    if row >= seqlen_q:
+        return
+    stride_os, stride_dos = aligned(stride_os, ALIGN), aligned(stride_dos, ALIGN)
+    out_base = head_base(out_ptr, batch, head, start_q, stride_ob, stride_oh, stride_os, ALIGN)
+    dout_base = head_base(dout_ptr, batch, head, start_q, stride_dob, stride_doh, stride_dos, ALIGN)
+    out_offsets = tile_offsets(stride_os, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    dout_offsets = tile_offsets(stride_dos, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    out = load_tile(out_base, out_offsets, row, stride_os, seqlen_q, HEAD_DIM, True)
+    dout = load_tile(dout_base, dout_offsets, row, stride_dos, seqlen_q, HEAD_DIM, True)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # (BLOCK_M,)
+    rows = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    places = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + start_q + rows
+    lse = tl.load(lse_ptr + places, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + places, mask=rows < seqlen_q, other=0.0)
+    empty = lse == -float("inf")  # (BLOCK_M,)
+    lse_log2 = tl.where(empty, float("inf"), lse * LOG2E)  # (BLOCK_M,)
+    tl.store(lse_log2_ptr + places, lse_log2, mask=rows < seqlen_q)
+    tl.store(delta_ptr + places, tl.where(empty, 0.0, delta), mask=rows < seqlen_q)
+
+
+# ------------------------------------------------------------------------------------------------
+# Launchers
+# ------------------------------------------------------------------------------------------------
+
+
+def _launch_delta(
+    layout: Layout, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return delta and the lse in units of exp2, both like `lse`."""
+    lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    packed = layout.cu_seqlens_q is not None
+    arguments = {
+        "out_ptr": out,
+        "dout_ptr": dout,
+        "lse_ptr": lse,
+        "dlse_ptr": dlse,
+        "lse_log2_ptr": lse_log2,
+        "delta_ptr": delta,
+        "stride_lb": 0 if packed else lse.stride(0),
+        "stride_lh": lse.stride(-2),
+        "cu_seqlens_q": layout.cu_seqlens_q,
+        "cu_seqlens_k": layout.cu_seqlens_k,
+        "heads": layout.heads,
+        "seqlen_q": layout.seqlen_q,
+        "seqlen_k": layout.seqlen_k,
+        "HEAD_DIM": layout.head_dim,
+        "BLOCK_D": layout.block_d,
+        "BLOCK_M": _DELTA_BLOCK_M,
+        **layout.strides(o=out, do=dout),
+    }
+    blocks = triton.cdiv(layout.seqlen_q, _DELTA_BLOCK_M)
+    grid = (blocks * layout.heads * layout.batch,)
+    launch(attention_delta_kernel, grid, arguments, num_warps=4, num_stages=1)
+    return lse_log2, delta
+
+
+def _launch_backward(
+    layout: Layout,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    **options: object,
+) -> None:
+    """Write dq, dk and dv; `options` are those of `Layout.arguments`."""
+    dout = unit_stride(dout)
+    dlse = None if dlse is None else dlse.contiguous()
+    lse_log2, delta = _launch_delta(layout, out, dout, lse, dlse)
+    inputs = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "dout_ptr": dout,
+        "lse_log2_ptr": lse_log2,
+        "delta_ptr": delta,
+        **layout.arguments(lse, **options),
+    }
+    block_m, block_n, num_warps, num_stages = key_gradient_config(layout)
+    blocks = triton.cdiv(layout.seqlen_k, block_n)
+    launch(
+        attention_key_gradient_kernel,
+        (blocks * (layout.heads // layout.group) * layout.batch,),
+        {
+            **inputs,
+            "dk_ptr": dk,
+            "dv_ptr": dv,
+            **layout.strides(q=q, k=k, v=v, do=dout, dk=dk, dv=dv),
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        },
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    block_m, block_n, num_warps, num_stages = query_gradient_config(layout)
+    blocks = triton.cdiv(layout.seqlen_q, block_m)
+    launch(
+        attention_query_gradient_kernel,
+        (blocks * layout.heads * layout.batch,),
+        {
+            **inputs,
+            "dq_ptr": dq,
+            **layout.strides(q=q, k=k, v=v, do=dout, dq=dq),
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        },
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+    dropout_p: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    """Return dq, dk and dv like `q`, `k` and `v`, and None for dbias and dsinks.
+
+    `out` and `lse` are what `attention_forward` returned, `dout` and `dlse` their gradients; `dlse`
+    may be None. Rows that see no key and keys that are padding get gradients of exactly 0. Raises
+    `ValueError` for bias, window, softcap, ALiBi or sinks.
+    """
+    check_served(bias, alibi_slopes, sinks, window_left, window_right, softcap)
+    layout = Layout.dense(q, k)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if layout.seqlen_q == 0 or layout.seqlen_k == 0 or layout.heads == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), None, None
+    signed_q, positive = positive_scale(q, scale)
+    _launch_backward(
+        layout,
+        dout,
+        dlse,
+        signed_q,
+        k,
+        v,
+        out,
+        lse,
+        dq,
+        dk,
+        dv,
+        key_lengths=key_lengths,
+        key_padding_mask=key_padding_mask,
+        seed=seed,
+        causal=causal,
+        scale=positive,
+        dropout_p=dropout_p,
+    )
+    return (dq.neg_() if scale < 0 else dq), dk, dv, None, None
+
+
+def varlen_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Return dq, dk and dv of packed sequences like `q`, `k` and `v`, and None for dsinks.
+
+    As `attention_backward`; rows that no sequence owns get 0. Raises `ValueError` for window,
+    softcap, ALiBi or sinks.
+    """
+    check_served(None, alibi_slopes, sinks, window_left, window_right, softcap)
+    layout = Layout.packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if layout.seqlen_q and layout.seqlen_k and layout.heads:
+        signed_q, positive = positive_scale(q, scale)
+        options = {"seed": seed, "causal": causal, "scale": positive, "dropout_p": dropout_p}
+        _launch_backward(layout, dout, dlse, signed_q, k, v, out, lse, dq, dk, dv, **options)
+    return (dq.neg_() if scale < 0 else dq), dk, dv, None

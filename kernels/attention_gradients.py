@@ -1,0 +1,290 @@
+"""The two gradient passes of flash attention: dk and dv by key block, dq by query block.
+
+With P the probabilities, M the dropout mask times its factor, dP = (dO V^T) * M and
+delta = rowsum(dO * O) - dlse, the gradient of the logits is dS = P * (dP - delta). Each pass
+recomputes P from the lse; no atomics, hence deterministic.
+
+Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
+2023; delta takes in the gradient of lse because dlse / dS = P.
+"""
+
+import triton
+import triton.language as tl
+
+from .attention_tiles import (
+    LOG2E,
+    RUNTIME_SIZES,
+    aligned,
+    head_base,
+    key_ranges,
+    load_tile,
+    masked_logits,
+    row_ends,
+    sequence_bounds,
+    store_tile,
+    tile_offsets,
+)
+from .common import dropout_keep
+
+# ------------------------------------------------------------------------------------------------
+# Device helpers
+# ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add_key_gradients(
+    dk, dv, k, v,
+    q_base, q_offsets, stride_qs,
+    dout_base, dout_offsets, stride_dos,
+    lse_base, delta_base,
+    first_key, begin, begin_count, tail, count, seqlen_q, key_end, diagonal, scale_log2,
+    seed, batch, head, threshold, dropout_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what `count` query blocks give to dk and dv of a key block.
+
+    If MASKED, the first `begin_count` blocks lie side by side from row `begin`, the others from row
+    `tail`. Logits are held as (key, query): operands of dk and dv as they are.
+    """
+    BLOCK_N: tl.constexpr = k.shape[0]
+    for block in range(0, count):
+        row = begin + block * BLOCK_M
+        if MASKED:
+            row = tl.where(block < begin_count, row, tail + (block - begin_count) * BLOCK_M)
+        rows = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+        q = load_tile(q_base, q_offsets, row, stride_qs, seqlen_q, HEAD_DIM, MASKED)
+        if MASKED:
+            # An lse of +inf makes the probabilities of rows that do not exist 0.
+            lse = tl.load(lse_base + rows, mask=rows < seqlen_q, other=float("inf"))  # (BLOCK_M,)
+            delta = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
+        else:
+            lse = tl.load(lse_base + rows)  # (BLOCK_M,)
+            delta = tl.load(delta_base + rows)  # (BLOCK_M,)
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        if MASKED and CAUSAL:
+            columns = first_key + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+            ends = row_ends(rows, key_end, diagonal, CAUSAL)  # (BLOCK_M,)
+            logits = masked_logits(logits, columns, ends, None, 0, key_end, 0)
+        weights = tl.exp2(logits * scale_log2 - lse[None, :])  # (BLOCK_N, BLOCK_M)
+        dout = load_tile(dout_base, dout_offsets, row, stride_dos, seqlen_q, HEAD_DIM, MASKED)
+        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        kept = weights
+        if DROPOUT:
+            keep = dropout_keep(seed, batch, head, row, first_key, threshold, BLOCK_M, BLOCK_N)
+            keep = tl.trans(keep)  # (BLOCK_N, BLOCK_M)
+            kept = tl.where(keep, weights, 0.0)
+            dweights = tl.where(keep, dweights * dropout_scale, 0.0)
+        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dlogits = weights * (dweights - delta[None, :])  # (BLOCK_N, BLOCK_M)
+        dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _add_query_gradient(
+    dq, q, dout, lse, delta, ends,
+    k_base, k_offsets, stride_ks,
+    v_base, v_offsets, stride_vs,
+    pad_base, stride_pad_s,
+    begin, end, key_end, scale_log2,
+    seed, batch, head, row, threshold, dropout_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the key blocks from `begin` to `end` give to dq of a query block."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    for start in range(begin, end, BLOCK_N):
+        k = load_tile(k_base, k_offsets, start, stride_ks, key_end, HEAD_DIM, MASKED)
+        v = load_tile(v_base, v_offsets, start, stride_vs, key_end, HEAD_DIM, MASKED)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        if MASKED:
+            columns = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+            logits = masked_logits(logits, columns, ends, pad_base, stride_pad_s, key_end, 1)
+        weights = tl.exp2(logits * scale_log2 - lse[:, None])  # (BLOCK_M, BLOCK_N)
+        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        if DROPOUT:
+            keep = dropout_keep(seed, batch, head, row, start, threshold, BLOCK_M, BLOCK_N)
+            dweights = tl.where(keep, dweights * dropout_scale, 0.0)
+        dlogits = weights * (dweights - delta[:, None])  # (BLOCK_M, BLOCK_N)
+        dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+# ------------------------------------------------------------------------------------------------
+# Kernels
+# ------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def attention_key_gradient_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qs,
+    k_ptr, stride_kb, stride_kh, stride_ks,
+    v_ptr, stride_vb, stride_vh, stride_vs,
+    dout_ptr, stride_dob, stride_doh, stride_dos,
+    dk_ptr, stride_dkb, stride_dkh, stride_dks,
+    dv_ptr, stride_dvb, stride_dvh, stride_dvs,
+    lse_log2_ptr, delta_ptr, stride_lb, stride_lh,
+    padding, stride_pad_b, stride_pad_s,
+    key_lengths, cu_seqlens_q, cu_seqlens_k, seed_ptr,
+    heads, seqlen_q, seqlen_k, sm_scale, threshold, dropout_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Compute dk and dv of one key block of one key head, over all query heads that share it.
+
+    Grid: (key blocks * key heads * batch,), key blocks fastest. What padded keys collect may not be
+    finite, but it stays in their own rows, which are zeroed at the end: no block masks them.
+    """
+    blocks = tl.cdiv(seqlen_k, BLOCK_N)
+    kv_heads = heads // GROUP
+    pid = tl.program_id(0)
+    batch = pid // (blocks * kv_heads)
+    kv_head = pid // blocks % kv_heads
+    first_key = (pid % blocks) * BLOCK_N
+    start_q, start_k, seqlen_q, seqlen_k, key_end, diagonal = sequence_bounds(
+        batch, cu_seqlens_q, cu_seqlens_k, key_lengths, seqlen_q, seqlen_k, BOTTOM_RIGHT
+    )
+    if first_key >= seqlen_k:
+        return
+
+    stride_qs, stride_ks = aligned(stride_qs, ALIGN), aligned(stride_ks, ALIGN)
+    stride_vs, stride_dos = aligned(stride_vs, ALIGN), aligned(stride_dos, ALIGN)
+    stride_dks, stride_dvs = aligned(stride_dks, ALIGN), aligned(stride_dvs, ALIGN)
+    k_base = head_base(k_ptr, batch, kv_head, start_k, stride_kb, stride_kh, stride_ks, ALIGN)
+    v_base = head_base(v_ptr, batch, kv_head, start_k, stride_vb, stride_vh, stride_vs, ALIGN)
+    k_offsets = tile_offsets(stride_ks, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+    v_offsets = tile_offsets(stride_vs, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+    q_offsets = tile_offsets(stride_qs, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    dout_offsets = tile_offsets(stride_dos, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    k = load_tile(k_base, k_offsets, first_key, stride_ks, seqlen_k, HEAD_DIM, True)
+    v = load_tile(v_base, v_offsets, first_key, stride_vs, seqlen_k, HEAD_DIM, True)
+
+    # Query blocks from `begin` cross the diagonal, from `full_begin` see every key, from `full_end`
+    # hold rows that do not exist. Keys that are all padding visit none.
+    begin = tl.full((), 0, tl.int32)
+    full_begin = begin
+    row_end = tl.where(first_key < key_end, seqlen_q, 0)
+    if CAUSAL:
+        begin = tl.maximum(first_key - diagonal, 0) // BLOCK_M * BLOCK_M
+        full_begin = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - diagonal, 0), BLOCK_M) * BLOCK_M
+    full_end = tl.maximum(row_end // BLOCK_M * BLOCK_M, begin)
+    full_begin = tl.minimum(full_begin, full_end)
+    begin_count = (full_begin - begin) // BLOCK_M
+    tail_count = tl.cdiv(tl.maximum(row_end - full_end, 0), BLOCK_M)
+    full_count = (full_end - full_begin) // BLOCK_M
+    seed = 0
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        q_base = head_base(q_ptr, batch, head, start_q, stride_qb, stride_qh, stride_qs, ALIGN)
+        dout_base = head_base(
+            dout_ptr, batch, head, start_q, stride_dob, stride_doh, stride_dos, ALIGN
+        )
+        rows_base = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + start_q
+        for MASKED in tl.static_range(2):
+            dk, dv = _add_key_gradients(
+                dk, dv, k, v,
+                q_base, q_offsets, stride_qs,
+                dout_base, dout_offsets, stride_dos,
+                lse_log2_ptr + rows_base, delta_ptr + rows_base,
+                first_key, begin if MASKED else full_begin, begin_count, full_end,
+                begin_count + tail_count if MASKED else full_count, seqlen_q, key_end, diagonal,
+                sm_scale * LOG2E,
+                seed, batch, head, threshold, dropout_scale,
+                HEAD_DIM, BLOCK_M, CAUSAL, MASKED, seed_ptr is not None, PRECISION,
+            )  # fmt: skip
+
+    keys = first_key + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    real = keys < key_end  # (BLOCK_N,)
+    if padding is not None:
+        pad_base = padding + batch.to(tl.int64) * stride_pad_b
+        padded = tl.load(pad_base + keys * stride_pad_s, mask=real, other=1)  # (BLOCK_N,)
+        real = real & (padded == 0)
+    if seed_ptr is not None:
+        dv = dv * dropout_scale
+    dk = tl.where(real[:, None], dk * sm_scale, 0.0)
+    dv = tl.where(real[:, None], dv, 0.0)
+    dk_base = head_base(dk_ptr, batch, kv_head, start_k, stride_dkb, stride_dkh, stride_dks, ALIGN)
+    dv_base = head_base(dv_ptr, batch, kv_head, start_k, stride_dvb, stride_dvh, stride_dvs, ALIGN)
+    store_tile(dk_base, dk, first_key, stride_dks, seqlen_k, HEAD_DIM)
+    store_tile(dv_base, dv, first_key, stride_dvs, seqlen_k, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def attention_query_gradient_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qs,
+    k_ptr, stride_kb, stride_kh, stride_ks,
+    v_ptr, stride_vb, stride_vh, stride_vs,
+    dout_ptr, stride_dob, stride_doh, stride_dos,
+    dq_ptr, stride_dqb, stride_dqh, stride_dqs,
+    lse_log2_ptr, delta_ptr, stride_lb, stride_lh,
+    padding, stride_pad_b, stride_pad_s,
+    key_lengths, cu_seqlens_q, cu_seqlens_k, seed_ptr,
+    heads, seqlen_q, seqlen_k, sm_scale, threshold, dropout_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Compute dq of one query block of one head; grid and key blocks as in the forward pass."""
+    blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    pid = tl.program_id(0)
+    batch = pid // (blocks * heads)
+    head = pid // blocks % heads
+    row = (pid % blocks) * BLOCK_M
+    if CAUSAL:
+        row = (blocks - 1) * BLOCK_M - row
+    start_q, start_k, seqlen_q, seqlen_k, key_end, diagonal = sequence_bounds(
+        batch, cu_seqlens_q, cu_seqlens_k, key_lengths, seqlen_q, seqlen_k, BOTTOM_RIGHT
+    )
+    if row >= seqlen_q:
+        return
+
+    stride_qs, stride_ks = aligned(stride_qs, ALIGN), aligned(stride_ks, ALIGN)
+    stride_vs, stride_dos = aligned(stride_vs, ALIGN), aligned(stride_dos, ALIGN)
+    stride_dqs = aligned(stride_dqs, ALIGN)
+    kv_head = head // GROUP
+    q_base = head_base(q_ptr, batch, head, start_q, stride_qb, stride_qh, stride_qs, ALIGN)
+    k_base = head_base(k_ptr, batch, kv_head, start_k, stride_kb, stride_kh, stride_ks, ALIGN)
+    v_base = head_base(v_ptr, batch, kv_head, start_k, stride_vb, stride_vh, stride_vs, ALIGN)
+    dout_base = head_base(dout_ptr, batch, head, start_q, stride_dob, stride_doh, stride_dos, ALIGN)
+    k_offsets = tile_offsets(stride_ks, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+    v_offsets = tile_offsets(stride_vs, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+    q_offsets = tile_offsets(stride_qs, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    dout_offsets = tile_offsets(stride_dos, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    q = load_tile(q_base, q_offsets, row, stride_qs, seqlen_q, HEAD_DIM, True)
+    dout = load_tile(dout_base, dout_offsets, row, stride_dos, seqlen_q, HEAD_DIM, True)
+    rows = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    rows_base = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + start_q
+    lse = tl.load(lse_log2_ptr + rows_base + rows, mask=rows < seqlen_q, other=float("inf"))
+    delta = tl.load(delta_ptr + rows_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
+    ends = row_ends(rows, key_end, diagonal, CAUSAL)  # (BLOCK_M,)
+    full_end, visible_end = key_ranges(
+        row, seqlen_q, key_end, diagonal, padding, CAUSAL, BLOCK_M, BLOCK_N
+    )
+    pad_base = None
+    if padding is not None:
+        pad_base = padding + batch.to(tl.int64) * stride_pad_b
+    seed = 0
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for MASKED in tl.static_range(0 if padding is None else 1, 2):
+        dq = _add_query_gradient(
+            dq, q, dout, lse, delta, ends,
+            k_base, k_offsets, stride_ks,
+            v_base, v_offsets, stride_vs,
+            pad_base, stride_pad_s,
+            full_end if MASKED else 0, visible_end if MASKED else full_end, key_end,
+            sm_scale * LOG2E,
+            seed, batch, head, row, threshold, dropout_scale,
+            HEAD_DIM, BLOCK_N, MASKED, seed_ptr is not None, PRECISION,
+        )  # fmt: skip
+    dq_base = head_base(dq_ptr, batch, head, start_q, stride_dqb, stride_dqh, stride_dqs, ALIGN)
+    store_tile(dq_base, dq * sm_scale, row, stride_dqs, seqlen_q, HEAD_DIM)
