@@ -36,11 +36,16 @@ class _Options(NamedTuple):
     first_batch: int = 0
 
 
-def _served_by_flash(sq: int, sk: int, options: _Options) -> bool:
-    """Return whether PyTorch's flash routine computes this call."""
+def _served_by_flash(q: Tensor, sk: int, options: _Options) -> bool:
+    """Return whether PyTorch's flash routine computes this call.
+
+    It takes a bias in the dtype of `q` alone; a wider one would be rounded.
+    """
+    sq = q.shape[2]
     return (
         sq > 0
         and sk > 0
+        and (options.bias is None or options.bias.dtype == q.dtype)
         and options.dropout_p == 0
         and options.window == (-1, -1)
         and options.softcap == 0
@@ -61,8 +66,7 @@ def _additive_mask(q: Tensor, sk: int, options: _Options) -> Tensor | None:
         mask = torch.zeros(padding.shape, dtype=q.dtype).masked_fill_(padding, -math.inf)
         mask = mask[:, None, None, :]
     if options.bias is not None:
-        bias = options.bias.to(q.dtype)
-        mask = bias if mask is None else bias + mask
+        mask = options.bias if mask is None else options.bias + mask
     return mask
 
 
@@ -131,7 +135,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor
     batch, heads, sq, _ = q.shape
     k, v, options = _trim_keys(k, v, options)
     sk = k.shape[2]
-    if _served_by_flash(sq, sk, options):
+    if _served_by_flash(q, sk, options):
         mask = _additive_mask(q, sk, options)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, options.causal != "none", attn_mask=mask, scale=options.scale
@@ -191,7 +195,7 @@ def _backward(
     if not bias_grad:
         k, v, options = _trim_keys(k, v, options)
     sk, kv_heads = k.shape[2], k.shape[1]
-    if _served_by_flash(sq, sk, options) and dlse is None and not bias_grad:
+    if _served_by_flash(q, sk, options) and dlse is None and not bias_grad:
         mask = _additive_mask(q, sk, options)
         # A row without a visible key has lse -inf; with 0 its probabilities come out as exp(-inf).
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -213,9 +217,7 @@ def _backward(
     dbias = None
     if bias_grad and options.bias is not None:
         dbias = torch.zeros(options.bias.shape, dtype=lse.dtype)
-    delta = (widened(dout) * widened(out)).sum(-1)  # (B, H, Sq)
-    if dlse is not None:
-        delta = delta - dlse
+    masses = None if options.sinks is None else torch.zeros_like(options.sinks, dtype=lse.dtype)
     finite_lse = lse.masked_fill(lse == -math.inf, 0.0)[..., None]
     for rows in _row_blocks(batch, heads, sq, sk):
         columns, offset = _visible_columns(rows, sq, sk, options)
@@ -225,13 +227,20 @@ def _backward(
         capped = capped_logits(q_block, k_seen, options.scale, options.softcap)
         logits = _masked_logits(capped, rows, columns, offset, options)
         weights = torch.exp(logits - finite_lse[:, :, block])  # (B, H, R, C)
-        dweights = widened(dout_block @ v[:, :, seen].transpose(-2, -1))
+        dweights = widened(dout_block) @ widened(v[:, :, seen]).transpose(-2, -1)
         factors = _dropout_factors(options, batch, heads, rows, columns)
         dropped = weights
         if factors is not None:
             dropped, dweights = weights * factors, dweights * factors
         dv[:, :, seen] += dropped.to(q.dtype).transpose(-2, -1) @ dout_block
-        dlogits = weights * (dweights - delta[:, :, block, None])
+        # The row is whole here, so its mean gradient needs no detour over the rounded output.
+        delta = (weights * dweights).sum(-1, keepdim=True)  # (B, H, R, 1)
+        if dlse is not None:
+            delta = delta - dlse[:, :, block, None]
+        if masses is not None and options.sinks is not None:
+            sink = torch.exp(options.sinks.to(lse.dtype)[:, None, None] - finite_lse[:, :, block])
+            masses -= (sink * delta).sum((0, 2, 3))
+        dlogits = weights * (dweights - delta)
         if dbias is not None and options.bias is not None:
             part = dbias[..., block, :] if dbias.shape[-2] > 1 else dbias
             part = part[..., seen] if dbias.shape[-1] > 1 else part
@@ -242,9 +251,8 @@ def _backward(
         dq[:, :, block] = dlogits @ k_seen
         dk[:, :, seen] += dlogits.transpose(-2, -1) @ q_block
     dsinks = None
-    if options.sinks is not None:
-        mass = torch.exp(options.sinks.to(lse.dtype)[:, None] - finite_lse[..., 0])
-        dsinks = -(mass * delta).sum((0, 2)).to(options.sinks.dtype)
+    if masses is not None and options.sinks is not None:
+        dsinks = masses.to(options.sinks.dtype)
     groups = (batch, kv_heads, heads // kv_heads, sk, q.shape[-1])
     dk, dv = (_padded(g.view(groups).sum(2).to(q.dtype), full_k) for g in (dk, dv))
     if dbias is not None and options.bias is not None:

@@ -24,6 +24,11 @@ def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def default_scale(q: Tensor) -> float:
+    """Return the factor of the logits that keeps their variance at that of the inputs."""
+    return 1 / math.sqrt(max(1, q.shape[-1]))
+
+
 def used_options(**named: Any) -> frozenset[str]:
     """Return the names of the optional features that are in use."""
     unused = (None, 0.0, (-1, -1))
@@ -277,9 +282,7 @@ def attention(
     alignment, sides = checks.causal(causal), checks.window(window)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
     p = checks.probability("dropout_p", dropout_p)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
-    scale = checks.finite("scale", scale)
+    scale = default_scale(q) if scale is None else checks.finite("scale", scale)
     request = request_for(
         "attention",
         q,
@@ -361,7 +364,7 @@ def attention_weights(
     check_heads(q, k, k, 1)
     _check_masks(q, k, key_padding_mask, key_lengths, bias)
     checks.shape("lse", lse, tuple(q.shape[:3]), "(batch, heads, queries)")
-    batch, all_heads, sq, head_dim = q.shape
+    batch, all_heads, sq, _ = q.shape
     sk = k.shape[2]
     head = torch.tensor(range(all_heads) if heads is None else heads, device=q.device)
     row = torch.tensor(range(sq) if rows is None else rows, device=q.device)
@@ -373,7 +376,7 @@ def attention_weights(
     logits = reference.capped_logits(
         q[:, head][:, :, row],
         k,
-        1 / math.sqrt(head_dim) if scale is None else scale,
+        default_scale(q) if scale is None else scale,
         softcap or 0.0,
     )
     alignment = checks.causal(causal)

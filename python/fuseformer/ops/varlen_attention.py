@@ -1,7 +1,6 @@
 """Attention within packed sequences: the public function and its custom op."""
 
 import importlib
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
-from .attention import check_extras, check_heads, lse_dtype, used_options
+from .attention import check_extras, check_heads, default_scale, lse_dtype, used_options
 from .registration import absent, autocast_dtype, present, register_autocast
 
 
@@ -217,9 +216,7 @@ def varlen_attention(
     alignment, sides = checks.causal(causal), checks.window(window)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
     p = checks.probability("dropout_p", dropout_p)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
-    scale = checks.finite("scale", scale)
+    scale = default_scale(q) if scale is None else checks.finite("scale", scale)
     dtype = autocast_dtype(q)
     request = request_for(
         "varlen_attention",
