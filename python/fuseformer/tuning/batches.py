@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-
 from fuseformer.tuning.instructions import IGNORE_INDEX
+from fuseformer.tuning.splitting import stable_hash
+from torch import Tensor
 
 MASKED_SHARE = 0.15
 
@@ -47,9 +47,9 @@ class Seq2SeqExample:
 class PackedBatch:
     """Sequences laid end to end.
 
-    `input_ids`, `targets` and `positions` are `(T,)` int64, positions counted from the start of each
-    sequence; `cu_seqlens` is `(N + 1,)` int32 with the boundaries; `max_seqlen` the longest length;
-    `seed` belongs to this batch alone, for masking.
+    `input_ids`, `targets` and `positions` are `(T,)` int64, positions counted from the start of
+    each sequence; `cu_seqlens` is `(N + 1,)` int32 with the boundaries; `max_seqlen` the longest
+    length; `seed` belongs to this batch alone, for masking.
     """
 
     input_ids: Tensor
@@ -57,29 +57,28 @@ class PackedBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     positions: Tensor
-    seed: int = 0
+    seed: int
 
     @property
     def supervised(self) -> int:
         """How many positions have a target."""
         return int((self.targets != IGNORE_INDEX).sum())
 
-    def to(self, device: torch.device | str) -> Any:
-        """Return the batch with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, torch.Tensor)}
-        )
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """Return the batch, of the same class, with its tensors on `device`."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return type(self)(**{**values, **moved})
 
 
 @dataclass(frozen=True)
 class Seq2SeqBatch(PackedBatch):
     """Packed targets, as in `PackedBatch`, and packed sources, `(S,)` with their own boundaries."""
 
-    source_ids: Tensor = torch.empty(0, dtype=torch.int64)
-    source_cu_seqlens: Tensor = torch.zeros(1, dtype=torch.int32)
-    source_max_seqlen: int = 0
-    source_positions: Tensor = torch.empty(0, dtype=torch.int64)
+    source_ids: Tensor
+    source_cu_seqlens: Tensor
+    source_max_seqlen: int
+    source_positions: Tensor
 
 
 AnyExample = TypeVar("AnyExample", Example, Seq2SeqExample)
@@ -105,7 +104,7 @@ def seq2seq_example(
 def causal_chunks(
     documents: Sequence[Sequence[int]], max_length: int, bos_id: int, eos_id: int
 ) -> list[Example]:
-    """Cut documents into examples of at most `max_length` positions that predict each token once."""
+    """Cut documents into examples of at most `max_length` positions, each token predicted once."""
     _check_positive("max_length", max_length)
     examples = []
     for document in documents:
@@ -130,7 +129,10 @@ def masked_chunks(
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, int, Tensor]:
-    """Lay sequences end to end: `(ids (T,), cu_seqlens (N + 1,) int32, max_seqlen, positions (T,))`."""
+    """Lay sequences end to end; return `(ids, cu_seqlens, max_seqlen, positions)`.
+
+    `ids` and `positions` are `(T,)` int64, `cu_seqlens` is `(N + 1,)` int32.
+    """
     lengths = [len(sequence) for sequence in sequences]
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
@@ -162,8 +164,8 @@ def mask_tokens(
     """Return a batch for masked language modelling (Devlin et al. 2018, section 3.1).
 
     A `share` of the tokens gets a target; of these 80 % become `mask_id`, 10 % a random ordinary
-    token, 10 % stay. Special tokens are never chosen, and at least one other always is. The choice is
-    fixed by the batch's seed.
+    token, 10 % stay. Special tokens are never chosen, and at least one other always is. The choice
+    is fixed by the batch's seed.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share: got {share}, want 0 < share <= 1")
@@ -187,9 +189,9 @@ def mask_tokens(
 class PackedSampler:
     """Endless packed batches of at most `tokens_per_batch` positions, epoch after epoch.
 
-    Each epoch visits every example once, in an order drawn from the seed and the epoch's number. The
-    state is three integers, so that a resumed run sees the very batches that it would have seen.
-    Examples longer than `max_length` raise `ValueError`, or are cut at the end with
+    Each epoch visits every example once, in an order drawn from the seed and the epoch's number.
+    The state is three integers, so that a resumed run sees the very batches that it would have
+    seen. Examples longer than `max_length` raise `ValueError`, or are cut at the end with
     `truncation="right"`.
     """
 
@@ -213,7 +215,8 @@ class PackedSampler:
         longest = max(example.tokens for example in self._examples)
         if longest > tokens_per_batch:
             raise ValueError(
-                f"tokens_per_batch: got {tokens_per_batch}, less than the longest example ({longest})"
+                f"tokens_per_batch: got {tokens_per_batch}, want at least {longest}, the tokens of "
+                "the longest example"
             )
         self._budget = tokens_per_batch
         self._shuffle = shuffle
@@ -269,8 +272,7 @@ class PackedSampler:
 
 
 def _mixed(seed: int, epoch: int, position: int) -> int:
-    # Neighbouring numbers seed torch's Mersenne twister independently; overlaps are what to avoid.
-    return hash((seed, epoch, position)) % 2**63
+    return stable_hash(f"{epoch}:{position}", seed) >> 1  # torch takes 63 bits
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -97,8 +97,9 @@ def docstrings(root: str | None = None, minimum_words: int = 4) -> tuple[Docstri
     """Return the docstrings of the Python files under `root` (default: the standard library).
 
     Sorted by file and position. Test suites, installed packages and docstrings of fewer than
-    `minimum_words` words are left out; a file that this Python cannot parse is left out too, because
-    some installations ship templates and old syntax. Raises `ValueError` when nothing is found.
+    `minimum_words` words are left out; a file that this Python cannot parse is left out too,
+    because some installations ship templates and old syntax. Raises `ValueError` when nothing is
+    found.
     """
     base = Path(root if root is not None else sysconfig.get_path("stdlib"))
     found: list[Docstring] = []

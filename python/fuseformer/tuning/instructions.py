@@ -1,7 +1,7 @@
 """Instruction records: reading them, rendering the prompt, and turning them into tokens.
 
-A record is ``{"instruction", "input", "output", "task"}``. The model reads the prompt and is trained
-on the answer alone: labels are -100 elsewhere.
+A record is ``{"instruction", "input", "output", "task"}``. The model reads the prompt and is
+trained on the answer alone: labels are -100 elsewhere.
 """
 
 import json
@@ -38,7 +38,8 @@ def read_records(path: str | Path) -> list[Record]:
     """Read a JSONL file of records; "input" may be missing, and blank lines are skipped.
 
     Raises `ValueError` with the file, the line number and what is wrong: not JSON, not an object, a
-    missing, unknown, empty or non-string field; also for a file that cannot be read or has no record.
+    missing, unknown, empty or non-string field; also for a file that cannot be read or has no
+    record.
     """
     try:
         content = Path(path).read_text(encoding="utf-8")
@@ -137,9 +138,9 @@ def encode_record(
 ) -> tuple[list[int], list[int]]:
     """Return `(input_ids, labels)` of equal length: prompt then answer, labels -100 on the prompt.
 
-    `labels[i]` belongs to `input_ids[i]`; `batches.causal_example` shifts them. A record longer than
-    `max_length` tokens raises `ValueError`, unless `truncation="input"` allows its input to be cut
-    at the end; the instruction and the answer are never cut.
+    `labels[i]` belongs to `input_ids[i]`; `batches.causal_example` shifts them. A record longer
+    than `max_length` tokens raises `ValueError`, unless `truncation="input"` allows its input to be
+    cut at the end; the instruction and the answer are never cut.
     """
     if truncation not in (None, "input"):
         raise ValueError(f'truncation: got {truncation!r}, want None or "input"')
@@ -149,8 +150,8 @@ def encode_record(
     if max_length is not None and length > max_length:
         if truncation is None:
             raise ValueError(
-                f"record of task {record.task!r} has {length} tokens, the model takes {max_length}; "
-                'shorten it or ask for truncation="input"'
+                f"record of task {record.task!r} has {length} tokens, the model takes "
+                f'{max_length}; shorten it or ask for truncation="input"'
             )
         prompt = _shortened_prompt(record, tokenizer, template, max_length - len(answer))
     return [*prompt, *answer], [IGNORE_INDEX] * len(prompt) + answer

@@ -51,7 +51,10 @@ def accuracy(predictions: Sequence[object], references: Sequence[object]) -> flo
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str], language: str = "en") -> float:
-    """Return corpus BLEU (Papineni et al. 2002) as sacrebleu computes it; Chinese is split by character."""
+    """Return corpus BLEU (Papineni et al. 2002) as sacrebleu computes it.
+
+    Words are split as `language` needs: Chinese ("zh") by character.
+    """
     _check(predictions, references)
     if not any(p.strip() for p in predictions):
         return 0.0
@@ -105,7 +108,7 @@ def _percent(scores: Sequence[float]) -> float:
 def _check(predictions: Sequence[object], references: Sequence[object]) -> None:
     if len(predictions) != len(references):
         raise ValueError(
-            f"predictions: got {len(predictions)}, want one for each of {len(references)} references"
+            f"predictions: got {len(predictions)}, want as many as references, {len(references)}"
         )
     if not references:
         raise ValueError("references: got none, want at least one")

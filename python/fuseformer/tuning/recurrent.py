@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from fuseformer.tuning.instructions import Record, TextEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
-
-from fuseformer.tuning.instructions import Record, TextEncoder
 
 
 class RecurrentClassifier(nn.Module):
@@ -68,9 +67,9 @@ def train_recurrent(
 ) -> RecurrentResult:
     """Train the baseline on classification records and return its held-out accuracy.
 
-    It stops after `max_epochs`, after `max_seconds`, or when `patience` epochs brought nothing on the
-    tenth of the training records kept for validation; the best epoch's weights are the ones tested.
-    Raises `ValueError` without records, and for fewer than two labels.
+    It stops after `max_epochs`, after `max_seconds`, or when `patience` epochs brought nothing on
+    the tenth of the training records kept for validation; the best epoch's weights are the ones
+    tested. Raises `ValueError` without records, and for fewer than two labels.
     """
     labels = sorted({record.output for record in train})
     if len(labels) < 2 or not held_out:

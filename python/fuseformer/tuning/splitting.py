@@ -1,8 +1,9 @@
 """Held-out items that training has not seen: grouping of near duplicates and removal of overlaps.
 
-Documentation repeats itself. Methods inherit docstrings, wrappers copy them, help topics quote them.
-A split by item would measure memory, so items are first joined into groups that share text, groups
-are divided by a hash, and what still shares a run of words with a held-out item leaves training.
+Documentation repeats itself. Methods inherit docstrings, wrappers copy them, help topics quote
+them. A split by item would measure memory, so items are first joined into groups that share text,
+groups are divided by a hash, and what still shares a run of words with a held-out item leaves
+training.
 """
 
 import hashlib

@@ -14,8 +14,8 @@ BYTES = 256
 class Tokenizer:
     """Text to token ids and back, every text exactly: `decode(encode(text)) == text`.
 
-    The special tokens have ids 0 to 4 in the order of `SPECIAL_TOKENS`. Their names inside a text are
-    ordinary characters, so that no document can end a sequence.
+    The special tokens have ids 0 to 4 in the order of `SPECIAL_TOKENS`. Their names inside a text
+    are ordinary characters, so that no document can end a sequence.
     """
 
     pad_id, bos_id, eos_id, mask_id, sep_id = range(len(SPECIAL_TOKENS))
@@ -23,7 +23,9 @@ class Tokenizer:
     def __init__(self, core: tokenizers.Tokenizer) -> None:
         for index, token in enumerate(SPECIAL_TOKENS):
             if core.token_to_id(token) != index:
-                raise ValueError(f"tokenizer: token {index} is not {token}: made by another program")
+                raise ValueError(
+                    f"tokenizer: token {index} is not {token}: made by another program"
+                )
         core.encode_special_tokens = True
         self._core = core
 
