@@ -1,14 +1,12 @@
-"""attention and varlen_attention: the CPU backend against the oracle, and the custom-op contract."""
+"""attention and varlen_attention: the CPU backend against the oracle, and the op contract."""
 
 import math
 
+import fuseformer as ff
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
-
-import fuseformer as ff
-from fuseformer import reference
 from fuseformer.testing import assert_close_to_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from fuseformer.philox import (
     draw_seed,
     dropout_scale,
