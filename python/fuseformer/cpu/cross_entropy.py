@@ -81,9 +81,8 @@ class _Gradients:
         if self.dbias is not None:
             self.dbias += gradient.sum(0)
 
-    def results(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        dbias = None if self.dbias is None or bias is None else self.dbias.to(bias.dtype)
-        return self.dhidden, self.dweight.to(self.weight.dtype), dbias
+    def results(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.dhidden, self.dweight, self.dbias
 
 
 def linear_cross_entropy_forward(
@@ -97,7 +96,11 @@ def linear_cross_entropy_forward(
     reduction: str,
     compute_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the loss, the lse (T,), and with `compute_grads` the gradients of the reduced loss."""
+    """Return the loss, the lse (T,), and with `compute_grads` the gradients of the reduced loss.
+
+    Those of weight and bias stay in the dtype that sums are taken in: the upstream factor is yet to
+    come, and they are rounded once, after it.
+    """
     rows = _supervised(target, ignore_index, weight.shape[0])
     dtype = widened(hidden[:0]).dtype
     losses, lses = torch.zeros(target.shape, dtype=dtype), torch.zeros(target.shape, dtype=dtype)
@@ -118,7 +121,7 @@ def linear_cross_entropy_forward(
         loss = losses.sum()
     if reduction == "mean":
         loss = loss / len(rows) if len(rows) else torch.full_like(loss, torch.nan)
-    return (loss, lses, *((None, None, None) if gradients is None else gradients.results(bias)))
+    return (loss, lses, *((None, None, None) if gradients is None else gradients.results()))
 
 
 def linear_cross_entropy_backward(
@@ -147,4 +150,9 @@ def linear_cross_entropy_backward(
                 logits, slope, target[chunk], lse[chunk], factors[chunk, None], label_smoothing
             ),
         )
-    return gradients.results(bias)
+    dhidden, dweight, dbias = gradients.results()
+    return (
+        dhidden,
+        dweight.to(weight.dtype),
+        None if dbias is None or bias is None else dbias.to(bias.dtype),
+    )

@@ -65,7 +65,7 @@ def finite(name: str, value: Any, *, positive: bool = False) -> float:
     """Return `value` as a float after requiring it to be finite, and above 0 if `positive`."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not -math.inf < value < math.inf or (positive and value <= 0):
         wanted = "a finite number above 0" if positive else "a finite number"
         raise ValueError(f"{name}: got {value}, expected {wanted}")
     return float(value)

@@ -46,7 +46,7 @@ def _linear_cross_entropy(
         compute_grads,
     )
     dhidden, dweight, dbias = (present(g, hidden) for g in gradients)
-    return loss, lse, dhidden, dweight, dbias
+    return loss, lse, dhidden, dweight.to(lse.dtype), dbias.to(lse.dtype)
 
 
 @_linear_cross_entropy.register_fake
@@ -64,8 +64,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lse = hidden.new_empty(target.shape, dtype=lse_dtype(hidden))
     loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
-    shapes = [hidden.shape, weight.shape, (0,) if bias is None else bias.shape]
-    dhidden, dweight, dbias = (hidden.new_empty(s if compute_grads else (0,)) for s in shapes)
+    dhidden = hidden.new_empty(hidden.shape if compute_grads else (0,))
+    dweight = lse.new_empty(weight.shape if compute_grads else (0,))
+    dbias = lse.new_empty(bias.shape if compute_grads and bias is not None else (0,))
     return loss, lse, dhidden, dweight, dbias
 
 
@@ -99,7 +100,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, *options, ctx.compute_grads, ctx.backend = inputs
-    ctx.options, ctx.has_bias = options, bias is not None
+    ctx.options, ctx.has_bias, ctx.dtype = options, bias is not None, hidden.dtype
     if ctx.compute_grads:
         ctx.save_for_backward(*output[2:])
     else:
@@ -110,7 +111,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     if ctx.compute_grads:
         # The gradients of the reduced loss were formed beside it, while each chunk's logits lived.
-        dhidden, dweight, dbias = (g * dloss.to(g.dtype) for g in ctx.saved_tensors)
+        dhidden, dweight, dbias = ((g * dloss.to(g.dtype)).to(ctx.dtype) for g in ctx.saved_tensors)
     else:
         dhidden, dweight, dbias = _linear_cross_entropy_backward(
             dloss, *ctx.saved_tensors, *ctx.options, ctx.backend

@@ -1,0 +1,259 @@
+"""Feed-forward, norm, loss and rotary ops: the CPU backend against the oracle, and the contract."""
+
+import fuseformer as ff
+import pytest
+import torch
+import torch._dynamo.testing
+from fuseformer.testing import assert_close_to_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def judge(function, tensors, dtype):
+    """Compare `function` on the CPU backend with the oracle, its outputs and all gradients."""
+    results = []
+    runs = (("cpu", dtype), ("reference", torch.float64), ("reference", dtype))
+    for backend, precision in runs:
+        torch.manual_seed(1)
+        leaves = [
+            t.to(dtype).to(precision, copy=True).requires_grad_() if t.is_floating_point() else t
+            for t in tensors
+        ]
+        outs = function(*leaves, backend=backend)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        loss = sum((o * torch.randn(o.shape, dtype=torch.float64)).sum() for o in outs)
+        floating = [t for t in leaves if t.is_floating_point()]
+        results.append((outs, torch.autograd.grad(loss, floating)))
+    (outs, grads), (exact, exact_grads), (low, low_grads) = results
+    for a, e, b in zip(outs, exact, low, strict=True):
+        assert a.dtype in (dtype, torch.float32)
+        assert_close_to_reference(a, e, b, name="output")
+    for i, (a, e, b) in enumerate(zip(grads, exact_grads, low_grads, strict=True)):
+        assert_close_to_reference(a, e, b, factor=3, name=f"gradient {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize(("rows", "biases", "p"), [(1, True, 0), (63, True, 0.3), (37, False, 0)])
+def test_feed_forward(dtype, activation, rows, biases, p):
+    torch.manual_seed(0)
+    x, w1, w2 = torch.randn(rows, 40), torch.randn(72, 40) / 6, torch.randn(24, 72) / 8
+    b = [torch.randn(72), torch.randn(24)] if biases else []
+
+    def call(x, w1, w2, *b, backend):
+        b1, b2 = b or (None, None)
+        return ff.feed_forward(
+            x, w1, b1, w2, b2, activation=activation, dropout_p=p, seed=5, backend=backend
+        )
+
+    judge(call, [x, w1, w2, *b], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_gated_feed_forward(dtype, activation):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 31, 40), *(torch.randn(72, 40) / 6 for _ in range(2))]
+    tensors.append(torch.randn(40, 72) / 8)
+
+    def call(*tensors, backend):
+        return ff.gated_feed_forward(*tensors, activation=activation, backend=backend)
+
+    judge(call, tensors, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(1, 40), (3, 21, 72), (257, 33)], ids=str)
+def test_norms(dtype, p, shape):
+    torch.manual_seed(0)
+    x, residual = torch.randn(shape), torch.randn(shape)
+    weight, bias = torch.rand(shape[-1]) + 0.5, torch.randn(shape[-1])
+
+    def layer(x, residual, weight, bias=None, *, backend):
+        return ff.add_layer_norm(x, residual, weight, bias, dropout_p=p, seed=6, backend=backend)
+
+    def rms(x, residual, weight, *, backend):
+        return ff.add_rms_norm(x, residual, weight, eps=1e-6, dropout_p=p, seed=6, backend=backend)
+
+    judge(layer, [x, residual, weight, bias], dtype)
+    judge(layer, [x, residual, weight], dtype)
+    judge(rms, [x, residual, weight], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize(("smoothing", "softcap", "biased"), [(0, None, False), (0.1, 4.0, True)])
+def test_linear_cross_entropy(dtype, reduction, smoothing, softcap, biased):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 37, 24), torch.randn(101, 24) / 4
+    target = torch.randint(0, 101, (3, 37))
+    target[0, :20], target[2] = -100, -100
+
+    def call(hidden, weight, *bias, backend):
+        return ff.linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            bias=bias[0] if bias else None,
+            label_smoothing=smoothing,
+            softcap=softcap,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    judge(call, [hidden, weight, *([torch.randn(101)] if biased else [])], dtype)
+
+
+def test_linear_cross_entropy_without_a_supervised_row_is_that_of_torch():
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8)
+    target = torch.full((4,), -100)
+    assert ff.linear_cross_entropy(hidden, weight, target).isnan()
+    total = ff.linear_cross_entropy(hidden, weight, target, reduction="sum")
+    total.backward()
+    assert total == 0
+    assert (hidden.grad == 0).all()
+
+
+def test_linear_cross_entropy_never_holds_all_logits():
+    rows, classes, width = 4096, 8192, 8
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(classes, width, requires_grad=True)
+    target = torch.randint(0, classes, (rows,))
+    target[::2] = -100
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        ff.linear_cross_entropy(hidden, weight, target).backward()
+    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert max(sizes) <= 16 * 2**20
+    assert max(sizes) < rows * classes * 4 / 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batched", [False, True])
+def test_rotary(dtype, batched):
+    torch.manual_seed(0)
+    angle = torch.rand(2, 9, 6) if batched else torch.rand(9, 6)
+    q, k = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16)
+
+    def call(q, k, *, backend):
+        return ff.rotary(q, k, angle.cos(), angle.sin(), backend=backend)
+
+    judge(call, [q, k], dtype)
+
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+OPCHECKS = {
+    "feed_forward": lambda: (
+        leaf(5, 8), leaf(6, 8), leaf(6), leaf(8, 6), leaf(8), torch.tensor(3), "gelu", 0.2, True,
+    ),
+    "gated_feed_forward": lambda: (leaf(5, 8), leaf(6, 8), leaf(6, 8), leaf(8, 6), "silu"),
+    "add_layer_norm": lambda: (leaf(5, 8), leaf(5, 8), leaf(8), leaf(8), None, 1e-5, 0.0),
+    "add_rms_norm": lambda: (leaf(5, 8), leaf(5, 8), leaf(8), torch.tensor(4), 1e-5, 0.3),
+    "rotary": lambda: (leaf(1, 2, 5, 8), leaf(1, 1, 5, 8), *torch.rand(2, 5, 3), False),
+    "linear_cross_entropy": lambda: (
+        leaf(5, 8), leaf(7, 8), leaf(7), torch.tensor([1, 6, -100, 0, 2]), -100, 0.1, 0.0, "mean",
+        True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPCHECKS)
+def test_opcheck(name):
+    op = getattr(torch.ops.fuseformer, name).default
+    torch.library.opcheck(op, (*OPCHECKS[name](), "cpu"))
+
+
+def test_compiles_without_graph_breaks():
+    def block(x, residual, w1, w2, weight, target):
+        y = ff.feed_forward(x, w1, None, w2, None)
+        y = ff.add_layer_norm(y, residual, weight, None)
+        y, residual = ff.add_rms_norm(y, residual, weight, eps=1e-6)
+        y = ff.gated_feed_forward(y, w1, w1, w2)
+        return ff.linear_cross_entropy(y + residual, w1, target)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (6, 10, 15):
+        tensors = [leaf(rows, 8), leaf(rows, 8), leaf(12, 8), leaf(8, 12), leaf(8)]
+        target = torch.randint(0, 12, (rows,))
+        expected = block(*tensors, target)
+        loss = compiled(*tensors, target)
+        assert_close_to_reference(loss, expected, expected)
+        for a, b in zip(
+            torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, tensors), strict=True
+        ):
+            assert_close_to_reference(a, b, b)
+
+
+def test_autocast_runs_in_its_dtype():
+    x, w1, w2, weight = leaf(5, 8), leaf(6, 8), leaf(8, 6), leaf(8)
+    for backend in (None, "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            outs = [
+                ff.feed_forward(x, w1, None, w2, None, backend=backend),
+                ff.gated_feed_forward(x, w1, w1, w2, backend=backend),
+                ff.add_layer_norm(x, x, weight, None, backend=backend),
+                *ff.add_rms_norm(x, x, weight, eps=1e-5, backend=backend),
+            ]
+            loss = ff.linear_cross_entropy(x, w1, torch.arange(5), backend=backend)
+        assert all(o.dtype == torch.bfloat16 for o in outs)
+        assert loss.dtype == torch.float32
+        gradients = torch.autograd.grad(sum(o.sum() for o in outs) + loss, (x, w1, w2, weight))
+        assert all(g.dtype == torch.float32 for g in gradients)
+
+
+def test_equal_dropout_masks_on_all_backends():
+    x, eye = torch.ones(40, 64), torch.eye(64)
+    kept = [
+        ff.feed_forward(x, eye, None, eye, None, dropout_p=0.5, seed=2, backend=b) > 0
+        for b in ("cpu", "reference")
+    ]
+    assert torch.equal(*kept)
+    assert 0.4 < kept[0].float().mean() < 0.6
+
+
+X, W = torch.zeros(3, 8), torch.zeros(6, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ff.feed_forward(X, W.T, None, W, None), ValueError, r"w1: got shape \(8, 6\)"),
+        (lambda: ff.feed_forward(X, W, X, W.T, None), ValueError, "b1: got 2 dimensions"),
+        (lambda: ff.feed_forward(X, W, None, W, None), ValueError, r"w2: got shape \(6, 8\)"),
+        (lambda: ff.feed_forward(X, W, None, W.T, None, activation="tanh"), ValueError, "'tanh'"),
+        (
+            lambda: ff.feed_forward(X, W, None, W.T, None, dropout_p=2),
+            ValueError,
+            "dropout_p: got 2",
+        ),
+        (lambda: ff.feed_forward(X, W.half(), None, W.T, None), TypeError, "w1: got dtype"),
+        (lambda: ff.gated_feed_forward(X, W, W[:5], W.T), ValueError, "w_up: got shape"),
+        (lambda: ff.add_layer_norm(X, X[:2], X[0], None), ValueError, "residual: got shape"),
+        (lambda: ff.add_layer_norm(X, X, X[0, :3], None), ValueError, "weight: got shape"),
+        (lambda: ff.add_rms_norm(X, X, X[0], eps=0), ValueError, "eps: got 0"),
+        (lambda: ff.linear_cross_entropy(X, W, torch.zeros(3)), TypeError, "target: got dtype"),
+        (
+            lambda: ff.linear_cross_entropy(X, W, torch.tensor([0, 6, 1])),
+            ValueError,
+            "target: got classes from 0 to 6",
+        ),
+        (
+            lambda: ff.linear_cross_entropy(X, W, torch.tensor([0, 1, 1]), reduction="max"),
+            ValueError,
+            "reduction: got 'max'",
+        ),
+        (
+            lambda: ff.rotary(X[None, None], X[None, None], X[:, :5], X[:, :5]),
+            ValueError,
+            r"cos: got shape \(3, 5\)",
+        ),
+    ],
+)
+def test_bad_input_names_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
