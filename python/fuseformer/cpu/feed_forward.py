@@ -10,14 +10,16 @@ from ..reference import apply_activation
 _ATEN = torch.ops.aten
 
 
-def _activation_gradient(gradient: Tensor, pre: Tensor, activation: str) -> Tensor:
-    """Return the gradient of the pre-activation `pre` given that of the activation."""
+def _activation_gradient_(gradient: Tensor, pre: Tensor, activation: str) -> Tensor:
+    """Turn the gradient of the activation in place into that of the pre-activation `pre`."""
     if activation == "relu":
-        return _ATEN.threshold_backward(gradient, pre, 0)
+        return _ATEN.threshold_backward.grad_input(gradient, pre, 0, grad_input=gradient)
     if activation == "silu":
-        return _ATEN.silu_backward(gradient, pre)
+        return _ATEN.silu_backward.grad_input(gradient, pre, grad_input=gradient)
     approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return _ATEN.gelu_backward(gradient, pre, approximate=approximate)
+    return _ATEN.gelu_backward.grad_input(
+        gradient, pre, approximate=approximate, grad_input=gradient
+    )
 
 
 def _drop_(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -39,9 +41,22 @@ def feed_forward_forward(
     activation: str,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output (T, width) and the pre-activation (T, hidden)."""
+    """Return the output (T, width) and the pre-activation (T, hidden).
+
+    ReLU's is clamped at 0, which changes neither the activation nor its gradient and makes one
+    tensor serve as both.
+    """
     pre = F.linear(x, w1, b1)
-    return F.linear(_drop_(apply_activation(pre, activation), dropout_p, seed), w2, b2), pre
+    if activation == "relu":
+        pre.relu_()
+    return F.linear(_hidden(pre, seed, activation, dropout_p), w2, b2), pre
+
+
+def _hidden(pre: Tensor, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
+    """Return the activation of `pre` after dropout; `pre` itself where that is the same."""
+    if activation != "relu":
+        return _drop_(apply_activation(pre, activation), dropout_p, seed)
+    return _drop_(pre.clone(), dropout_p, seed) if dropout_p else pre
 
 
 def feed_forward_backward(
@@ -57,8 +72,8 @@ def feed_forward_backward(
     has_b2: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Return the gradients of x, w1, b1, w2 and b2; those of absent biases are None."""
-    dw2 = dy.T @ _drop_(apply_activation(pre, activation), dropout_p, seed)
-    dpre = _activation_gradient(_drop_(dy @ w2, dropout_p, seed), pre, activation)
+    dw2 = dy.T @ _hidden(pre, seed, activation, dropout_p)
+    dpre = _activation_gradient_(_drop_(dy @ w2, dropout_p, seed), pre, activation)
     db1 = None if b1 is None else dpre.sum(0)
     return dpre @ w1, dpre.T @ x, db1, dw2, dy.sum(0) if has_b2 else None
 
@@ -85,6 +100,6 @@ def gated_feed_forward_backward(
     gate = apply_activation(gate_pre, activation)
     dw_down = dy.T @ (gate * up)
     dhidden = dy @ w_down
-    dgate = _activation_gradient(dhidden * up, gate_pre, activation)
+    dgate = _activation_gradient_(dhidden * up, gate_pre, activation)
     dup = dhidden.mul_(gate)
     return torch.addmm(dgate @ w_gate, dup, w_up), dgate.T @ x, dup.T @ x, dw_down
