@@ -106,6 +106,19 @@ def test_the_split_is_the_same_twice_and_another_seed_is_another_split(split):
     )
 
 
+def test_a_mixture_repeats_a_task(split):
+    weights = {tasks.CLASSIFICATION: 3, tasks.TRANSLATION: 0}
+    counts = Counter(record.task for record in dataset.mixture(split.train, weights))
+    assert counts == {
+        tasks.CLASSIFICATION: 1200,
+        tasks.QUESTION_ANSWERING: 400,
+        tasks.SUMMARISATION: 400,
+    }
+    for bad in ({"sorting": 1}, {tasks.CLASSIFICATION: -1}):
+        with pytest.raises(ValueError, match="weights"):
+            dataset.mixture(split.train, bad)
+
+
 def test_writing_is_made_of_topics():
     split = dataset.build_split((tasks.WRITING,), train_per_task=50, held_out_per_task=20)
     assert len(split.train) == 50
@@ -124,9 +137,7 @@ def test_inherited_and_edited_docstrings_share_a_group():
     )
     items = [
         docstring(text),
-        docstring(
-            "Return the size of a *file*, in bytes, following links,\nor raise an error when it is absent!"
-        ),
+        docstring(text.upper().replace(",", ",\n") + "!"),
         docstring(text + "\n\nAdded in version 3."),
         docstring("See elsewhere. " + text),
         docstring("Quite another text about something that has nothing to do with that."),

@@ -1,6 +1,6 @@
 """What a run trains on and what it is judged by: records of each task, a corpus, no overlap."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fuseformer.tuning.corpora import Docstring, Document, Pair, docstrings, topics, translations
@@ -35,6 +35,22 @@ class Split:
     def of_task(self, task: str, part: str = "train") -> list[Record]:
         """Return the records of one task; `part` is "train" or "held_out"."""
         return [r for r in (self.train if part == "train" else self.held_out) if r.task == task]
+
+
+def mixture(records: Sequence[Record], weights: Mapping[str, int]) -> list[Record]:
+    """Repeat the records of each task by a whole weight, 1 where none is given.
+
+    The loss is a mean over answer tokens, so that a task of one-word answers needs more records than
+    one of sentences to be heard as well. Raises `ValueError` for a weight below 0 and for a task
+    without records.
+    """
+    tasks = {record.task for record in records}
+    for task, weight in weights.items():
+        if task not in tasks or weight < 0:
+            raise ValueError(
+                f"weights: got {weight} for {task!r}, want at least 0 for one of {sorted(tasks)}"
+            )
+    return [record for record in records for _ in range(weights.get(record.task, 1))]
 
 
 def build_split(

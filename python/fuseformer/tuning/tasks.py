@@ -30,6 +30,7 @@ TASKS = (*DEFAULT_TASKS, WRITING)
 ANSWER_WORDS = 16
 INPUT_WORDS = 60
 INPUT_CHARACTERS = 480
+CLASSIFICATION_WORDS = 40  # the opening says what a text is about
 TRANSLATION_WORDS = 8
 GROUPING_WORDS = 12
 CLASSIFY_INSTRUCTION = "Which topic is this documentation about?"
@@ -167,7 +168,7 @@ def classification(items: Sequence[Docstring], groups: Sequence[str]) -> list[It
     made, seen = [], set()
     for item, group in zip(items, groups, strict=True):
         topic = TOPIC_OF_MODULE.get(item.module.split(".")[0])
-        text = shortened(_MODULE_NAMES.sub(PLACEHOLDER, item.text), INPUT_WORDS)
+        text = shortened(_MODULE_NAMES.sub(PLACEHOLDER, item.text), CLASSIFICATION_WORDS)
         key = normalised(text)
         if topic is None or len(topics_of_group[group]) > 1 or len(words(text)) < 8 or key in seen:
             continue
