@@ -5,6 +5,7 @@ Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Wor
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_backward import attention_backward, varlen_attention_backward
+from .attention_configs import forward_tiles
 from .attention_tiles import (
     LN2,
     LOG2E,
@@ -40,39 +42,6 @@ __all__ = [
 ]
 
 # ------------------------------------------------------------------------------------------------
-# Configs
-# ------------------------------------------------------------------------------------------------
-
-# (BLOCK_M, BLOCK_N, warps, stages) by the head dim of the tiles, for 16-bit types.
-_CONFIGS = {
-    "sm_80": {
-        16: (128, 64, 4, 3),
-        32: (128, 64, 4, 3),
-        64: (128, 64, 4, 3),
-        128: (128, 32, 4, 4),
-        256: (64, 32, 4, 2),
-    },
-}
-_CONFIGS["sm_86"] = _CONFIGS["sm_80"]
-_CONFIGS["sm_90"] = _CONFIGS["sm_80"]
-_CONFIGS["sm_100"] = _CONFIGS["sm_80"]
-_SINGLE_CONFIGS = {
-    16: (32, 32, 4, 2),
-    32: (32, 32, 4, 2),
-    64: (32, 32, 4, 2),
-    128: (32, 32, 8, 2),
-    256: (16, 32, 8, 1),
-}
-
-
-def forward_config(layout: Layout) -> tuple[int, int, int, int]:
-    """Return (BLOCK_M, BLOCK_N, warps, stages) for a call."""
-    if layout.dtype == torch.float32:
-        return _SINGLE_CONFIGS[layout.block_d]
-    return _CONFIGS[layout.family][layout.block_d]
-
-
-# ------------------------------------------------------------------------------------------------
 # Device helpers
 # ------------------------------------------------------------------------------------------------
 
@@ -80,9 +49,7 @@ def forward_config(layout: Layout) -> tuple[int, int, int, int]:
 @triton.jit
 def _attend(
     acc, row_sum, row_max, q, ends,
-    k_base, k_offsets, stride_ks,
-    v_base, v_offsets, stride_vs,
-    pad_base, stride_pad_s,
+    k_base, stride_ks, v_base, stride_vs, pad_base, stride_pad_s,
     begin, end, key_end, scale_log2,
     seed, batch, head, row, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
@@ -93,6 +60,8 @@ def _attend(
     `row_max` is in the units of exp2, that is, scaled by `scale_log2`.
     """
     BLOCK_M: tl.constexpr = q.shape[0]
+    k_offsets = tile_offsets(stride_ks, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
+    v_offsets = tile_offsets(stride_vs, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
         k = load_tile(k_base, k_offsets, start, stride_ks, key_end, HEAD_DIM, MASKED)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
@@ -134,7 +103,7 @@ def attention_forward_kernel(
     heads, seqlen_q, seqlen_k, sm_scale, threshold, dropout_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
     """Compute one query block of one head: its output rows and their lse.
 
@@ -161,8 +130,6 @@ def attention_forward_kernel(
     k_base = head_base(k_ptr, batch, kv_head, start_k, stride_kb, stride_kh, stride_ks, ALIGN)
     v_base = head_base(v_ptr, batch, kv_head, start_k, stride_vb, stride_vh, stride_vs, ALIGN)
     q_offsets = tile_offsets(stride_qs, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-    k_offsets = tile_offsets(stride_ks, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-    v_offsets = tile_offsets(stride_vs, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
     q = load_tile(q_base, q_offsets, row, stride_qs, seqlen_q, HEAD_DIM, True)
     rows = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     ends = row_ends(rows, key_end, diagonal, CAUSAL)  # (BLOCK_M,)
@@ -182,13 +149,11 @@ def attention_forward_kernel(
     for MASKED in tl.static_range(0 if padding is None else 1, 2):
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, ends,
-            k_base, k_offsets, stride_ks,
-            v_base, v_offsets, stride_vs,
-            pad_base, stride_pad_s,
+            k_base, stride_ks, v_base, stride_vs, pad_base, stride_pad_s,
             full_end if MASKED else 0, visible_end if MASKED else full_end, key_end,
             sm_scale * LOG2E,
             seed, batch, head, row, threshold,
-            HEAD_DIM, BLOCK_N, MASKED, seed_ptr is not None, PRECISION,
+            HEAD_DIM, EDGE_N if MASKED else BLOCK_N, MASKED, seed_ptr is not None, PRECISION,
         )  # fmt: skip
 
     empty = row_sum == 0  # (BLOCK_M,)
@@ -209,10 +174,10 @@ def attention_forward_kernel(
 
 
 def _launch_forward(
-    layout: Layout, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: object
+    layout: Layout, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
 ) -> None:
     """Write `out` and `lse`; `options` are those of `Layout.arguments`."""
-    block_m, block_n, num_warps, num_stages = forward_config(layout)
+    tiles = forward_tiles(layout.family, layout.block_d, layout.dtype, options["dropout_p"] > 0)
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
@@ -221,16 +186,17 @@ def _launch_forward(
         "lse_ptr": lse,
         **layout.arguments(lse, **options),
         **layout.strides(q=q, k=k, v=v, o=out),
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "EDGE_N": tiles.edge,
     }
-    blocks = triton.cdiv(layout.seqlen_q, block_m)
+    blocks = triton.cdiv(layout.seqlen_q, tiles.block_m)
     launch(
         attention_forward_kernel,
         (blocks * layout.heads * layout.batch,),
         arguments,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
 
 

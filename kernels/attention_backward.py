@@ -1,10 +1,13 @@
 """Flash attention in Triton: what the backward pass launches, and its preprocessing kernel."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_configs import key_gradient_tiles, query_gradient_tiles
 from .attention_gradients import attention_key_gradient_kernel, attention_query_gradient_kernel
 from .attention_tiles import (
     LOG2E,
@@ -22,54 +25,10 @@ from .attention_tiles import (
 from .common import launch
 
 # ------------------------------------------------------------------------------------------------
-# Configs
+# Constants
 # ------------------------------------------------------------------------------------------------
 
 _DELTA_BLOCK_M = 64
-
-# (BLOCK_M, BLOCK_N, warps, stages) by the head dim of the tiles, for 16-bit types.
-_KEY_CONFIGS = {
-    "sm_80": {
-        16: (64, 128, 4, 2),
-        32: (64, 128, 4, 2),
-        64: (64, 128, 8, 2),
-        128: (32, 128, 8, 2),
-        256: (32, 64, 8, 1),
-    },
-}
-_QUERY_CONFIGS = {
-    "sm_80": {
-        16: (128, 32, 4, 2),
-        32: (128, 32, 4, 2),
-        64: (128, 32, 4, 2),
-        128: (128, 32, 8, 2),
-        256: (64, 32, 8, 1),
-    },
-}
-for _table in (_KEY_CONFIGS, _QUERY_CONFIGS):
-    _table["sm_86"] = _table["sm_90"] = _table["sm_100"] = _table["sm_80"]
-_SINGLE_CONFIGS = {
-    16: (32, 32, 4, 1),
-    32: (32, 32, 4, 1),
-    64: (32, 32, 4, 1),
-    128: (32, 32, 8, 1),
-    256: (16, 32, 8, 1),
-}
-
-
-def key_gradient_config(layout: Layout) -> tuple[int, int, int, int]:
-    """Return (BLOCK_M, BLOCK_N, warps, stages) of the dk/dv pass for a call."""
-    if layout.dtype == torch.float32:
-        return _SINGLE_CONFIGS[layout.block_d]
-    return _KEY_CONFIGS[layout.family][layout.block_d]
-
-
-def query_gradient_config(layout: Layout) -> tuple[int, int, int, int]:
-    """Return (BLOCK_M, BLOCK_N, warps, stages) of the dq pass for a call."""
-    if layout.dtype == torch.float32:
-        return _SINGLE_CONFIGS[layout.block_d]
-    return _QUERY_CONFIGS[layout.family][layout.block_d]
-
 
 # ------------------------------------------------------------------------------------------------
 # Kernels
@@ -166,7 +125,7 @@ def _launch_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    **options: object,
+    **options: Any,
 ) -> None:
     """Write dq, dk and dv; `options` are those of `Layout.arguments`."""
     dout = unit_stride(dout)
@@ -181,8 +140,9 @@ def _launch_backward(
         "delta_ptr": delta,
         **layout.arguments(lse, **options),
     }
-    block_m, block_n, num_warps, num_stages = key_gradient_config(layout)
-    blocks = triton.cdiv(layout.seqlen_k, block_n)
+    kind = (layout.family, layout.block_d, layout.dtype, options["dropout_p"] > 0)
+    tiles = key_gradient_tiles(*kind)
+    blocks = triton.cdiv(layout.seqlen_k, tiles.block_n)
     launch(
         attention_key_gradient_kernel,
         (blocks * (layout.heads // layout.group) * layout.batch,),
@@ -191,14 +151,15 @@ def _launch_backward(
             "dk_ptr": dk,
             "dv_ptr": dv,
             **layout.strides(q=q, k=k, v=v, do=dout, dk=dk, dv=dv),
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "EDGE_M": tiles.edge,
         },
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
-    block_m, block_n, num_warps, num_stages = query_gradient_config(layout)
-    blocks = triton.cdiv(layout.seqlen_q, block_m)
+    tiles = query_gradient_tiles(*kind)
+    blocks = triton.cdiv(layout.seqlen_q, tiles.block_m)
     launch(
         attention_query_gradient_kernel,
         (blocks * layout.heads * layout.batch,),
@@ -206,11 +167,12 @@ def _launch_backward(
             **inputs,
             "dq_ptr": dq,
             **layout.strides(q=q, k=k, v=v, do=dout, dq=dq),
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "EDGE_N": tiles.edge,
         },
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
 
 

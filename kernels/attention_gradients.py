@@ -34,9 +34,7 @@ from .common import dropout_keep
 @triton.jit
 def _add_key_gradients(
     dk, dv, k, v,
-    q_base, q_offsets, stride_qs,
-    dout_base, dout_offsets, stride_dos,
-    lse_base, delta_base,
+    q_base, stride_qs, dout_base, stride_dos, lse_base, delta_base,
     first_key, begin, begin_count, tail, count, seqlen_q, key_end, diagonal, scale_log2,
     seed, batch, head, threshold, dropout_scale,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
@@ -48,6 +46,8 @@ def _add_key_gradients(
     `tail`. Logits are held as (key, query): operands of dk and dv as they are.
     """
     BLOCK_N: tl.constexpr = k.shape[0]
+    q_offsets = tile_offsets(stride_qs, BLOCK_M, k.shape[1])  # (BLOCK_M, BLOCK_D)
+    dout_offsets = tile_offsets(stride_dos, BLOCK_M, k.shape[1])  # (BLOCK_M, BLOCK_D)
     for block in range(0, count):
         row = begin + block * BLOCK_M
         if MASKED:
@@ -84,9 +84,7 @@ def _add_key_gradients(
 @triton.jit
 def _add_query_gradient(
     dq, q, dout, lse, delta, ends,
-    k_base, k_offsets, stride_ks,
-    v_base, v_offsets, stride_vs,
-    pad_base, stride_pad_s,
+    k_base, stride_ks, v_base, stride_vs, pad_base, stride_pad_s,
     begin, end, key_end, scale_log2,
     seed, batch, head, row, threshold, dropout_scale,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
@@ -94,6 +92,8 @@ def _add_query_gradient(
 ):  # fmt: skip
     """Add what the key blocks from `begin` to `end` give to dq of a query block."""
     BLOCK_M: tl.constexpr = q.shape[0]
+    k_offsets = tile_offsets(stride_ks, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
+    v_offsets = tile_offsets(stride_vs, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
         k = load_tile(k_base, k_offsets, start, stride_ks, key_end, HEAD_DIM, MASKED)
         v = load_tile(v_base, v_offsets, start, stride_vs, key_end, HEAD_DIM, MASKED)
@@ -130,7 +130,7 @@ def attention_key_gradient_kernel(
     heads, seqlen_q, seqlen_k, sm_scale, threshold, dropout_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_M: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of one key block of one key head, over all query heads that share it.
 
@@ -156,8 +156,6 @@ def attention_key_gradient_kernel(
     v_base = head_base(v_ptr, batch, kv_head, start_k, stride_vb, stride_vh, stride_vs, ALIGN)
     k_offsets = tile_offsets(stride_ks, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
     v_offsets = tile_offsets(stride_vs, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-    q_offsets = tile_offsets(stride_qs, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-    dout_offsets = tile_offsets(stride_dos, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     k = load_tile(k_base, k_offsets, first_key, stride_ks, seqlen_k, HEAD_DIM, True)
     v = load_tile(v_base, v_offsets, first_key, stride_vs, seqlen_k, HEAD_DIM, True)
 
@@ -167,13 +165,12 @@ def attention_key_gradient_kernel(
     full_begin = begin
     row_end = tl.where(first_key < key_end, seqlen_q, 0)
     if CAUSAL:
-        begin = tl.maximum(first_key - diagonal, 0) // BLOCK_M * BLOCK_M
-        full_begin = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - diagonal, 0), BLOCK_M) * BLOCK_M
-    full_end = tl.maximum(row_end // BLOCK_M * BLOCK_M, begin)
-    full_begin = tl.minimum(full_begin, full_end)
-    begin_count = (full_begin - begin) // BLOCK_M
-    tail_count = tl.cdiv(tl.maximum(row_end - full_end, 0), BLOCK_M)
-    full_count = (full_end - full_begin) // BLOCK_M
+        begin = tl.maximum(first_key - diagonal, 0) // EDGE_M * EDGE_M
+        full_begin = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - diagonal, 0), EDGE_M) * EDGE_M
+    begin_count = tl.cdiv(tl.maximum(tl.minimum(full_begin, row_end) - begin, 0), EDGE_M)
+    full_count = tl.maximum(row_end - full_begin, 0) // BLOCK_M
+    full_end = full_begin + full_count * BLOCK_M
+    tail_count = tl.cdiv(tl.maximum(row_end - full_end, 0), EDGE_M)
     seed = 0
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -190,14 +187,14 @@ def attention_key_gradient_kernel(
         for MASKED in tl.static_range(2):
             dk, dv = _add_key_gradients(
                 dk, dv, k, v,
-                q_base, q_offsets, stride_qs,
-                dout_base, dout_offsets, stride_dos,
+                q_base, stride_qs, dout_base, stride_dos,
                 lse_log2_ptr + rows_base, delta_ptr + rows_base,
                 first_key, begin if MASKED else full_begin, begin_count, full_end,
                 begin_count + tail_count if MASKED else full_count, seqlen_q, key_end, diagonal,
                 sm_scale * LOG2E,
                 seed, batch, head, threshold, dropout_scale,
-                HEAD_DIM, BLOCK_M, CAUSAL, MASKED, seed_ptr is not None, PRECISION,
+                HEAD_DIM, EDGE_M if MASKED else BLOCK_M, CAUSAL, MASKED, seed_ptr is not None,
+                PRECISION,
             )  # fmt: skip
 
     keys = first_key + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
@@ -229,7 +226,7 @@ def attention_query_gradient_kernel(
     heads, seqlen_q, seqlen_k, sm_scale, threshold, dropout_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of one query block of one head; grid and key blocks as in the forward pass."""
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -253,8 +250,6 @@ def attention_query_gradient_kernel(
     k_base = head_base(k_ptr, batch, kv_head, start_k, stride_kb, stride_kh, stride_ks, ALIGN)
     v_base = head_base(v_ptr, batch, kv_head, start_k, stride_vb, stride_vh, stride_vs, ALIGN)
     dout_base = head_base(dout_ptr, batch, head, start_q, stride_dob, stride_doh, stride_dos, ALIGN)
-    k_offsets = tile_offsets(stride_ks, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-    v_offsets = tile_offsets(stride_vs, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
     q_offsets = tile_offsets(stride_qs, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     dout_offsets = tile_offsets(stride_dos, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     q = load_tile(q_base, q_offsets, row, stride_qs, seqlen_q, HEAD_DIM, True)
@@ -278,13 +273,11 @@ def attention_query_gradient_kernel(
     for MASKED in tl.static_range(0 if padding is None else 1, 2):
         dq = _add_query_gradient(
             dq, q, dout, lse, delta, ends,
-            k_base, k_offsets, stride_ks,
-            v_base, v_offsets, stride_vs,
-            pad_base, stride_pad_s,
+            k_base, stride_ks, v_base, stride_vs, pad_base, stride_pad_s,
             full_end if MASKED else 0, visible_end if MASKED else full_end, key_end,
             sm_scale * LOG2E,
             seed, batch, head, row, threshold, dropout_scale,
-            HEAD_DIM, BLOCK_N, MASKED, seed_ptr is not None, PRECISION,
+            HEAD_DIM, EDGE_N if MASKED else BLOCK_N, MASKED, seed_ptr is not None, PRECISION,
         )  # fmt: skip
     dq_base = head_base(dq_ptr, batch, head, start_q, stride_dqb, stride_dqh, stride_dqs, ALIGN)
     store_tile(dq_base, dq * sm_scale, row, stride_dqs, seqlen_q, HEAD_DIM)

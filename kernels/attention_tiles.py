@@ -249,7 +249,9 @@ class Layout:
         found: dict[str, int] = {}
         for name, tensor in tensors.items():
             # A dimension of size 1 may have any stride, a misaligned one too.
-            steps = [n if size > 1 else 0 for n, size in zip(tensor.stride(), tensor.shape)]
+            steps = [
+                n if size > 1 else 0 for n, size in zip(tensor.stride(), tensor.shape, strict=True)
+            ]
             b, h, s = steps[:3] if self.cu_seqlens_q is None else (0, steps[1], steps[0])
             found |= {f"stride_{name}b": b, f"stride_{name}h": h, f"stride_{name}s": s}
         align = 8 if all(stride % 8 == 0 for stride in found.values()) else 1
