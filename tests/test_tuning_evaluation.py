@@ -32,7 +32,7 @@ RECORDS = [
 
 
 class Oracle:
-    """A model that knows the answers of some records by their prompts, and is unsure of all else."""
+    """A model that knows the answers of some records by their prompts, and is unsure else."""
 
     def __init__(self, records, limit=10_000):
         self.known = {tuple(encode_prompt(r, CODEC)): encode_answer(r, CODEC) for r in records}

@@ -40,9 +40,9 @@ class Split:
 def mixture(records: Sequence[Record], weights: Mapping[str, int]) -> list[Record]:
     """Repeat the records of each task by a whole weight, 1 where none is given.
 
-    The loss is a mean over answer tokens, so that a task of one-word answers needs more records than
-    one of sentences to be heard as well. Raises `ValueError` for a weight below 0 and for a task
-    without records.
+    The loss is a mean over answer tokens, so that a task of one-word answers needs more records
+    than one of sentences to be heard as well. Raises `ValueError` for a weight below 0 and for a
+    task without records.
     """
     tasks = {record.task for record in records}
     for task, weight in weights.items():
