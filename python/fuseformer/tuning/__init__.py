@@ -1,0 +1,1 @@
+"""Training and judging language models on text that every machine has."""
