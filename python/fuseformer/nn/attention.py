@@ -100,8 +100,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Return the output and, with `need_weights`, the attention weights.
 
         Shapes and arguments are those of `torch.nn.MultiheadAttention.forward`: (L, N, E), or
-        (N, L, E) with `batch_first`, or (L, E). `is_causal` is a hint that `attn_mask` is the causal
-        mask and requires it. Raises `ValueError` that names the argument.
+        (N, L, E) with `batch_first`, or (L, E). `is_causal` is a hint that `attn_mask` is the
+        causal mask and requires it. Raises `ValueError` that names the argument.
         """
         self._check(query, key, value)
         if is_causal and attn_mask is None:
