@@ -1,9 +1,11 @@
-"""Drop-in modules: those of `torch.nn` for Transformers, and the parts they are made of."""
+"""Drop-in modules: the constructors, calls and `state_dict` of `torch.nn`, on the fused ops."""
 
 from .attention import MultiheadAttention
-from .blocks import AddLayerNorm, AddRMSNorm, FeedForward, GatedFeedForward, LinearCrossEntropy
 from .decoder import TransformerDecoder, TransformerDecoderLayer
 from .encoder import TransformerEncoder, TransformerEncoderLayer
+from .feed_forward import FeedForward, GatedFeedForward
+from .loss import LinearCrossEntropy
+from .norm import AddLayerNorm, AddRMSNorm
 from .transformer import Transformer
 
 __all__ = [

@@ -1,6 +1,7 @@
-"""`torch.nn.MultiheadAttention` with the fused attention op inside."""
+"""Multi-head attention: `torch.nn.MultiheadAttention` with the fused op inside."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,82 +10,58 @@ from torch import Tensor
 from ..ops.attention import attention, attention_weights
 
 
-def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask as a term to add to logits: -inf where a bool mask is True."""
+def is_standard_causal(mask: Tensor | None, hint: bool | None, size: int) -> bool:
+    """Return whether `mask` is the causal mask of `size` positions; a `hint` answers at once.
+
+    Looking at the mask waits for the device, so it is not done while compiling or capturing a
+    graph, where the mask is then served as it is. A mask that learns is never the causal mask.
+    """
+    if hint is not None:
+        return hint
+    if mask is None or tuple(mask.shape) != (size, size) or mask.requires_grad:
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    future = torch.ones(size, size, dtype=torch.bool, device=mask.device).triu(1)
     if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
-    return mask.to(dtype)
+        return bool((mask == future).all())
+    causal = torch.zeros(size, size, dtype=mask.dtype, device=mask.device)
+    return bool((mask == causal.masked_fill(future, -math.inf)).all())
+
+
+def adopt(module: torch.nn.MultiheadAttention) -> "MultiheadAttention":
+    """Turn `module` into a `MultiheadAttention` of this package, in place, and return it.
+
+    Both classes have the same attributes, so parameters, hooks and random state stay untouched.
+    """
+    module.__class__ = MultiheadAttention
+    assert isinstance(module, MultiheadAttention)
+    return module
+
+
+def _check_mask(name: str, mask: Any) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: got {type(mask).__name__}, expected a torch.Tensor")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name}: got dtype {mask.dtype}, expected bool or floating point")
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
+    return mask.to(like.dtype)
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
-    """Multi-head attention with the constructor, weights and call of `torch.nn.MultiheadAttention`.
+    """Multi-head attention with the arguments, call and `state_dict` of `torch.nn`.
 
-    Differences in what comes out: a query that sees no key gives zeros before the output projection
-    where PyTorch gives NaN, and the weights returned in training are those before dropout.
+    Boolean padding masks and causal masks are applied inside the kernel; other masks are its
+    additive bias. A query that sees no key gives the output projection's bias, never NaN.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
     """
-
-    def _projections(
-        self, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return projected queries, keys and values, each (B, S, E)."""
-        width = self.embed_dim
-        biases: tuple[Tensor | None, ...] = (None, None, None)
-        if self.in_proj_bias is not None:
-            biases = self.in_proj_bias.chunk(3)
-        if not self._qkv_same_embed_dim:
-            return (
-                F.linear(query, self.q_proj_weight, biases[0]),
-                F.linear(key, self.k_proj_weight, biases[1]),
-                F.linear(value, self.v_proj_weight, biases[2]),
-            )
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        assert weight is not None
-        if query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
-            return q, k, v
-        q = F.linear(query, weight[:width], biases[0])
-        if key is value:
-            k, v = F.linear(key, weight[width:], None if bias is None else bias[width:]).chunk(
-                2, dim=-1
-            )
-            return q, k, v
-        k = F.linear(key, weight[width : 2 * width], biases[1])
-        return q, k, F.linear(value, weight[2 * width :], biases[2])
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, S, D)
-
-    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        for name, x, width in (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
-        ):
-            if x.dim() not in (2, 3) or x.dim() != query.dim():
-                raise ValueError(
-                    f"{name}: got {x.dim()} dimensions, expected 3, or 2 unbatched, as query"
-                )
-            if x.shape[-1] != width:
-                raise ValueError(f"{name}: got width {x.shape[-1]}, expected {width}")
-        if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(
-                f"value: got shape {tuple(value.shape)}, expected length and batch of key, "
-                f"{tuple(key.shape[:-1])}"
-            )
-
-    def _bias(
-        self, attn_mask: Tensor | None, batch: int, sq: int, sk: int, dtype: torch.dtype
-    ) -> Tensor | None:
-        """Return `attn_mask`, (L, S) or (B * H, L, S), as an additive one of four dimensions."""
-        if attn_mask is None:
-            return None
-        shared, per_head = (sq, sk), (batch * self.num_heads, sq, sk)
-        if tuple(attn_mask.shape) not in (shared, per_head):
-            raise ValueError(
-                f"attn_mask: got shape {tuple(attn_mask.shape)}, expected {shared} or {per_head}"
-            )
-        bias = additive_mask(attn_mask, dtype)
-        return bias[None, None] if bias.dim() == 2 else bias.view(batch, self.num_heads, sq, sk)
 
     def forward(
         self,
@@ -97,73 +74,148 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output and, with `need_weights`, the attention weights.
+        """Return the attended values and, with `need_weights`, the attention weights.
 
-        Shapes and arguments are those of `torch.nn.MultiheadAttention.forward`: (L, N, E), or
-        (N, L, E) with `batch_first`, or (L, E). `is_causal` is a hint that `attn_mask` is the
-        causal mask and requires it. Raises `ValueError` that names the argument.
+        Shapes: `query` (L, B, E), `key` (S, B, kdim), `value` (S, B, vdim), with `batch_first` the
+        batch leads, unbatched it is missing. `key_padding_mask` (B, S) and `attn_mask` (L, S) or
+        (B * heads, L, S) are bool, True where attention is not allowed, or floats to be added.
+        `is_causal` promises that `attn_mask` is the causal one, which then need not be given.
+        Returns the output, shaped like `query`, and the weights before dropout, (B, L, S) or, not
+        averaged, (B, heads, L, S), or None. Raises `ValueError` or `TypeError` that names the
+        argument.
         """
         self._check(query, key, value)
-        if is_causal and attn_mask is None:
-            raise ValueError("attn_mask: got None, expected the mask that is_causal hints at")
-        unbatched = query.dim() == 2
-        aliases = key is query, value is key
-        batch_dim = 0 if unbatched or self.batch_first else 1
-
-        def batched(x: Tensor) -> Tensor:  # (B, S, E)
-            return x[None] if unbatched else x.transpose(0, batch_dim)
-
-        query = batched(query)
-        key = query if aliases[0] else batched(key)
-        value = key if aliases[1] else batched(value)
-        if key.shape[0] != query.shape[0]:
-            raise ValueError(f"key: got batch size {key.shape[0]}, expected {query.shape[0]}")
+        batched = query.dim() == 3
+        q, k, v = self._project(query, key, value)  # each (B, H, L or S, D)
+        batch, heads, queries, _ = q.shape
+        keys = k.shape[2]
+        self._check_masks(q, keys, key_padding_mask, attn_mask, batched)
+        # The hint replaces the mask. A mask that is not square is kept: it may align differently.
+        causal = is_causal and (attn_mask is None or queries == keys)
+        padding, bias = None, None
+        if attn_mask is not None and not causal:
+            bias = _additive(attn_mask, q)
+            if bias.dim() == 3:
+                bias = bias.unflatten(0, (batch, heads))  # (B, H, L, S)
         if key_padding_mask is not None:
-            if unbatched and key_padding_mask.dim() == 1:
-                key_padding_mask = key_padding_mask[None]
-            if tuple(key_padding_mask.shape) != tuple(key.shape[:2]):
+            rows = key_padding_mask if batched else key_padding_mask[None]  # (B, S)
+            if rows.dtype == torch.bool:
+                padding = rows
+            else:
+                added = _additive(rows, q)[:, None, None]  # (B, 1, 1, S)
+                bias = added if bias is None else bias + added
+        if self.bias_k is not None or self.add_zero_attn:
+            if causal:
+                future = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1)
+                blocked = _additive(future, q)
+                bias, causal = blocked if bias is None else bias + blocked, False
+            k, v = self._extra_keys(k, v)
+            extra = k.shape[2] - keys
+            padding = None if padding is None else F.pad(padding, (0, extra))
+            bias = None if bias is None else F.pad(bias, (0, extra))
+        options: dict[str, Any] = {"causal": causal, "key_padding_mask": padding, "bias": bias}
+        dropout_p = self.dropout if self.training else 0.0
+        result = attention(q, k, v, dropout_p=dropout_p, return_lse=need_weights, **options)
+        out = result[0] if need_weights else result
+        if batched and not self.batch_first:
+            out = out.permute(2, 0, 1, 3).flatten(2)  # (L, B, E)
+        else:
+            out = out.transpose(1, 2).flatten(2)  # (B, L, E)
+        out = self.out_proj(out if batched else out[0])
+        if not need_weights:
+            return out, None
+        weights = attention_weights(q, k, result[1], **options).to(out.dtype)  # (B, H, L, S)
+        if average_attn_weights:
+            weights = weights.mean(1)  # (B, L, S)
+        return out, weights if batched else weights[0]
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        for name, x, width in zip(
+            ("query", "key", "value"), (query, key, value), widths, strict=True
+        ):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
+            if x.is_nested:
+                raise TypeError(f"{name}: got a nested tensor, expected a padded one and a mask")
+            if x.dim() not in (2, 3) or x.dim() != query.dim():
+                raise ValueError(
+                    f"{name}: got {x.dim()} dimensions, expected 3, or 2 for all when unbatched"
+                )
+            if x.shape[-1] != width:
+                raise ValueError(f"{name}: got width {x.shape[-1]}, expected {width}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"value: got shape {tuple(value.shape)}, expected the length and batch of key, "
+                f"{tuple(key.shape)}"
+            )
+        batch_dim = 0 if self.batch_first else 1
+        if query.dim() == 3 and query.shape[batch_dim] != key.shape[batch_dim]:
+            raise ValueError(
+                f"key: got batch size {key.shape[batch_dim]}, expected {query.shape[batch_dim]}"
+            )
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Return the projected heads; inputs that are one tensor share one product."""
+        bias, width = self.in_proj_bias, self.embed_dim
+        if self._qkv_same_embed_dim and query is key and key is value:
+            return self._split(F.linear(query, self.in_proj_weight, bias), 3)
+        if self._qkv_same_embed_dim and key is value:
+            q_weight, kv_weight = self.in_proj_weight.split((width, 2 * width))
+            q_bias, kv_bias = (None, None) if bias is None else bias.split((width, 2 * width))
+            (q,) = self._split(F.linear(query, q_weight, q_bias), 1)
+            return (q, *self._split(F.linear(key, kv_weight, kv_bias), 2))
+        if self._qkv_same_embed_dim:
+            weights: Any = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases: Any = (None,) * 3 if bias is None else bias.chunk(3)
+        inputs = zip((query, key, value), weights, biases, strict=True)
+        return tuple(self._split(F.linear(x, w, b), 1)[0] for x, w, b in inputs)
+
+    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        if x.dim() == 2:
+            x = x.unsqueeze(0)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        x = x.unflatten(-1, (parts, self.num_heads, self.head_dim))  # (B, L, parts, H, D)
+        return x.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _check_masks(
+        self,
+        q: Tensor,
+        keys: int,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        batched: bool,
+    ) -> None:
+        batch, heads, queries, _ = q.shape
+        if key_padding_mask is not None:
+            _check_mask("key_padding_mask", key_padding_mask)
+            expected = (batch, keys) if batched else (keys,)
+            if tuple(key_padding_mask.shape) != expected:
                 raise ValueError(
                     f"key_padding_mask: got shape {tuple(key_padding_mask.shape)}, expected "
-                    f"(batch, keys) = {tuple(key.shape[:2])}"
+                    f"{expected}"
                 )
-        batch, sq, sk = query.shape[0], query.shape[1], key.shape[1]
-        q, k, v = self._projections(query, key, value)
-        appended = 0
+        if attn_mask is not None:
+            _check_mask("attn_mask", attn_mask)
+            if tuple(attn_mask.shape) not in ((queries, keys), (batch * heads, queries, keys)):
+                raise ValueError(
+                    f"attn_mask: got shape {tuple(attn_mask.shape)}, expected {(queries, keys)} or "
+                    f"{(batch * heads, queries, keys)}"
+                )
+
+    def _extra_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values with the learned and the zero position that were asked for."""
+        batch, heads, _, dim = k.shape
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(batch, 1, -1)], 1)
-            v = torch.cat([v, self.bias_v.expand(batch, 1, -1)], 1)
-            appended += 1
-        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+            shape = (1, heads, 1, dim)
+            extra_k, extra_v = (
+                b.view(shape).expand(batch, -1, -1, -1).to(k.dtype)
+                for b in (self.bias_k, self.bias_v)
+            )
+            k, v = torch.cat((k, extra_k), 2), torch.cat((v, extra_v), 2)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-            appended += 1
-        causal = is_causal and not appended
-        bias = None if causal else self._bias(attn_mask, batch, sq, sk, q.dtype)
-        if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-            padding = additive_mask(key_padding_mask, q.dtype)[:, None, None]
-            bias = padding if bias is None else bias + padding
-            key_padding_mask = None
-        if appended:
-            bias = None if bias is None else F.pad(bias, (0, appended))
-            if key_padding_mask is not None:
-                key_padding_mask = F.pad(key_padding_mask, (0, appended))
-        out, lse = attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            key_padding_mask=key_padding_mask,
-            bias=bias,
-            dropout_p=self.dropout if self.training else 0.0,
-            return_lse=True,
-        )
-        weights = None
-        if need_weights:
-            weights = attention_weights(
-                q, k, lse, causal=causal, key_padding_mask=key_padding_mask, bias=bias
-            ).to(q.dtype)
-            if average_attn_weights:
-                weights = weights.mean(1)
-            weights = weights[0] if unbatched else weights
-        out = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, L, E)
-        return out[0] if unbatched else out.transpose(0, batch_dim), weights
+        return k, v

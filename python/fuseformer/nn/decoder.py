@@ -1,21 +1,28 @@
-"""`torch.nn.TransformerDecoderLayer` and `TransformerDecoder` on the fused ops."""
+"""The Transformer decoder: `torch.nn`'s layer and stack on the fused ops."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import MultiheadAttention
-from .replacement import replace_classes
-from .sublayers import add_norm, feed_forward_part, is_causal_mask
+from .attention import adopt, is_standard_causal
+from .feed_forward import layer_feed_forward
+from .norm import add_and_norm
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
-    """A decoder layer with constructor, weights and call of `torch.nn.TransformerDecoderLayer`."""
+    """Self-attention, cross-attention and feed-forward, as in `torch.nn`.
+
+    Post-LN layers add, drop out and normalise in one op. A feed-forward part whose activation the
+    fused op does not know runs as plain PyTorch.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        replace_classes(self, {torch.nn.MultiheadAttention: MultiheadAttention})
+        adopt(self.self_attn)
+        adopt(self.multihead_attn)
 
     def forward(
         self,
@@ -28,9 +35,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        """Return the layer's output; shapes as in `torch.nn.TransformerDecoderLayer.forward`."""
+        """Return the layer's output, shaped like `tgt`; arguments as in `torch.nn`."""
 
-        def attend(x: Tensor) -> Tensor:
+        def attend_self(x: Tensor) -> Tensor:
             return self.self_attn(
                 x,
                 x,
@@ -41,7 +48,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
                 is_causal=tgt_is_causal,
             )[0]
 
-        def look_up(x: Tensor) -> Tensor:
+        def attend_memory(x: Tensor) -> Tensor:
             return self.multihead_attn(
                 x,
                 memory,
@@ -52,18 +59,17 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
                 is_causal=memory_is_causal,
             )[0]
 
-        x = tgt
         if self.norm_first:
-            x = x + self.dropout1(attend(self.norm1(x)))
-            x = x + self.dropout2(look_up(self.norm2(x)))
-            return x + self.dropout3(feed_forward_part(self, self.norm3(x)))
-        x = add_norm(attend(x), x, self.norm1, self.dropout1)
-        x = add_norm(look_up(x), x, self.norm2, self.dropout2)
-        return add_norm(feed_forward_part(self, x), x, self.norm3, self.dropout3)
+            x = tgt + self.dropout1(attend_self(self.norm1(tgt)))
+            x = x + self.dropout2(attend_memory(self.norm2(x)))
+            return x + self.dropout3(layer_feed_forward(self, self.norm3(x)))
+        x = add_and_norm(self.norm1, attend_self(tgt), tgt, self.dropout1)
+        x = add_and_norm(self.norm2, attend_memory(x), x, self.dropout2)
+        return add_and_norm(self.norm3, layer_feed_forward(self, x), x, self.dropout3)
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):
-    """A stack of decoder layers with the interface of `torch.nn.TransformerDecoder`."""
+    """A stack of decoder layers, with the arguments and `state_dict` of `torch.nn`."""
 
     def forward(
         self,
@@ -76,19 +82,22 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        """Return the stack's output; shapes as in `torch.nn.TransformerDecoder.forward`."""
-        first = self.layers[0].self_attn
-        length = tgt.shape[1 if tgt.dim() == 3 and first.batch_first else 0]
-        causal = is_causal_mask(tgt_mask, tgt_is_causal, length)
+        """Return the output of the last layer, shaped like `tgt`; arguments as in `torch.nn`.
+
+        Without `tgt_is_causal`, the standard causal mask is recognised and handed to the kernel.
+        """
+        if tgt_mask is not None and tgt_is_causal is None:
+            tgt_is_causal = is_standard_causal(tgt_mask, None, tgt_mask.shape[-1])
+        output = tgt
         for layer in self.layers:
-            tgt = layer(
-                tgt,
+            output = layer(
+                output,
                 memory,
                 tgt_mask=tgt_mask,
                 memory_mask=memory_mask,
                 tgt_key_padding_mask=tgt_key_padding_mask,
                 memory_key_padding_mask=memory_key_padding_mask,
-                tgt_is_causal=causal,
+                tgt_is_causal=bool(tgt_is_causal),
                 memory_is_causal=memory_is_causal,
             )
-        return tgt if self.norm is None else self.norm(tgt)
+        return output if self.norm is None else self.norm(output)

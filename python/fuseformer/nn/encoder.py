@@ -1,21 +1,27 @@
-"""`torch.nn.TransformerEncoderLayer` and `TransformerEncoder` on the fused ops."""
+"""The Transformer encoder: `torch.nn`'s layer and stack on the fused ops."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import MultiheadAttention
-from .replacement import replace_classes
-from .sublayers import add_norm, feed_forward_part, is_causal_mask
+from .attention import adopt, is_standard_causal
+from .feed_forward import layer_feed_forward
+from .norm import add_and_norm
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
-    """An encoder layer with constructor, weights and call of `torch.nn.TransformerEncoderLayer`."""
+    """Self-attention and feed-forward, with the arguments and `state_dict` of `torch.nn`.
+
+    Post-LN layers add, drop out and normalise in one op. A feed-forward part whose activation the
+    fused op does not know runs as plain PyTorch.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        replace_classes(self, {torch.nn.MultiheadAttention: MultiheadAttention})
+        adopt(self.self_attn)
 
     def forward(
         self,
@@ -24,31 +30,38 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Return the layer's output; shapes as in `torch.nn.TransformerEncoderLayer.forward`."""
+        """Return the layer's output, shaped like `src`; arguments as in `torch.nn`.
 
-        def attend(x: Tensor) -> Tensor:
-            return self.self_attn(
-                x,
-                x,
-                x,
-                attn_mask=src_mask,
-                key_padding_mask=src_key_padding_mask,
-                need_weights=False,
-                is_causal=is_causal,
-            )[0]
-
-        x = src
+        `is_causal` promises that `src_mask` is the causal mask, which then need not be given.
+        """
         if self.norm_first:
-            x = x + self.dropout1(attend(self.norm1(x)))
-            return x + self.dropout2(feed_forward_part(self, self.norm2(x)))
-        x = add_norm(attend(x), x, self.norm1, self.dropout1)
-        return add_norm(feed_forward_part(self, x), x, self.norm2, self.dropout2)
+            normed = self.norm1(src)
+            attended = self._attend(normed, src_mask, src_key_padding_mask, is_causal)
+            x = src + self.dropout1(attended)
+            return x + self.dropout2(layer_feed_forward(self, self.norm2(x)))
+        attended = self._attend(src, src_mask, src_key_padding_mask, is_causal)
+        x = add_and_norm(self.norm1, attended, src, self.dropout1)
+        return add_and_norm(self.norm2, layer_feed_forward(self, x), x, self.dropout2)
+
+    def _attend(
+        self, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        return self.self_attn(
+            x,
+            x,
+            x,
+            attn_mask=mask,
+            key_padding_mask=padding,
+            need_weights=False,
+            is_causal=is_causal,
+        )[0]
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
-    """A stack of encoder layers with the interface of `torch.nn.TransformerEncoder`.
+    """A stack of encoder layers, with the arguments and `state_dict` of `torch.nn`.
 
-    `enable_nested_tensor` is accepted and without effect: padding is skipped inside the kernels.
+    `enable_nested_tensor` and `mask_check` are accepted and have no effect: padding is skipped
+    inside the kernel, in training too, and the output keeps its shape.
     """
 
     def __init__(
@@ -60,6 +73,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         mask_check: bool = True,
     ) -> None:
         super().__init__(encoder_layer, num_layers, norm, False, mask_check)
+        self.enable_nested_tensor = enable_nested_tensor
 
     def forward(
         self,
@@ -68,12 +82,18 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        """Return the stack's output; shapes as in `torch.nn.TransformerEncoder.forward`."""
-        first = self.layers[0].self_attn
-        length = src.shape[1 if src.dim() == 3 and first.batch_first else 0]
-        causal = is_causal_mask(mask, is_causal, length)
+        """Return the output of the last layer, shaped like `src`; arguments as in `torch.nn`.
+
+        Without `is_causal`, the standard causal mask is recognised and handed to the kernel.
+        """
+        if mask is not None and is_causal is None:
+            is_causal = is_standard_causal(mask, None, mask.shape[-1])
+        output = src
         for layer in self.layers:
-            src = layer(
-                src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=causal
+            output = layer(
+                output,
+                src_mask=mask,
+                src_key_padding_mask=src_key_padding_mask,
+                is_causal=bool(is_causal),
             )
-        return src if self.norm is None else self.norm(src)
+        return output if self.norm is None else self.norm(output)

@@ -1,29 +1,60 @@
-"""`torch.nn.Transformer` on the fused ops."""
+"""The whole encoder-decoder: `torch.nn.Transformer` on the fused ops."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from .attention import MultiheadAttention
 from .decoder import TransformerDecoder, TransformerDecoderLayer
 from .encoder import TransformerEncoder, TransformerEncoderLayer
-from .replacement import replace_classes
-
-FUSED_CLASSES: dict[type, type] = {
-    torch.nn.MultiheadAttention: MultiheadAttention,
-    torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
-    torch.nn.TransformerEncoder: TransformerEncoder,
-    torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
-    torch.nn.TransformerDecoder: TransformerDecoder,
-}
 
 
 class Transformer(torch.nn.Transformer):
-    """The encoder-decoder with constructor, weights and call of `torch.nn.Transformer`.
+    """An encoder-decoder with the arguments, call and `state_dict` of `torch.nn.Transformer`.
 
-    A custom encoder or decoder keeps its class, but modules of `torch.nn` inside it are replaced.
+    The same seed gives the same weights as there. Masks, shapes and errors are those of
+    `torch.nn.Transformer.forward`, which hands the work to this package's encoder and decoder.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        replace_classes(self, FUSED_CLASSES)
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        custom_encoder: Any | None = None,
+        custom_decoder: Any | None = None,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        # torch.nn.Transformer's own constructor would build its own layers: start below it.
+        torch.nn.Module.__init__(self)
+        place = {"device": device, "dtype": dtype}
+        sizes = (d_model, nhead, dim_feedforward, dropout, activation)
+        manner = (layer_norm_eps, batch_first, norm_first, bias)
+        norm = {"eps": layer_norm_eps, "bias": bias, **place}
+        if custom_encoder is not None:
+            self.encoder = custom_encoder
+        else:
+            encoder_layer = TransformerEncoderLayer(*sizes, *manner, **place)
+            encoder_norm = torch.nn.LayerNorm(d_model, **norm)
+            self.encoder = TransformerEncoder(encoder_layer, num_encoder_layers, encoder_norm)
+        if custom_decoder is not None:
+            self.decoder = custom_decoder
+        else:
+            decoder_layer = TransformerDecoderLayer(*sizes, *manner, **place)
+            decoder_norm = torch.nn.LayerNorm(d_model, **norm)
+            self.decoder = TransformerDecoder(decoder_layer, num_decoder_layers, decoder_norm)
+        self._reset_parameters()
+        self.d_model, self.nhead, self.batch_first = d_model, nhead, batch_first

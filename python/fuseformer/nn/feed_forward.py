@@ -1,0 +1,116 @@
+"""Feed-forward blocks as modules, and the feed-forward part of a Transformer layer."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import checks
+from ..ops.feed_forward import feed_forward, gated_feed_forward
+
+_FUNCTIONS: tuple[tuple[Any, str], ...] = (
+    (F.relu, "relu"),
+    (torch.relu, "relu"),
+    (F.gelu, "gelu"),
+    (F.silu, "silu"),
+)
+
+
+def activation_name(function: Any) -> str | None:
+    """Return the name under which the fused op knows an activation, or None."""
+    for known, name in _FUNCTIONS:
+        if function is known:
+            return name
+    if type(function) is torch.nn.ReLU:
+        return "relu"
+    if type(function) is torch.nn.SiLU:
+        return "silu"
+    if type(function) is torch.nn.GELU:
+        return "gelu" if function.approximate == "none" else "gelu_tanh"
+    return None
+
+
+def layer_feed_forward(layer: Any, x: Tensor) -> Tensor:
+    """Return the feed-forward part of a Transformer layer, before its residual dropout.
+
+    Plain PyTorch serves an activation that the op does not know, and linear layers that were
+    replaced by others, such as adapters.
+    """
+    linear1, linear2, dropout = layer.linear1, layer.linear2, layer.dropout
+    name = activation_name(layer.activation)
+    if name is None or type(linear1) is not torch.nn.Linear or type(linear2) is not torch.nn.Linear:
+        return linear2(dropout(layer.activation(linear1(x))))
+    return feed_forward(
+        x,
+        linear1.weight,
+        linear1.bias,
+        linear2.weight,
+        linear2.bias,
+        activation=name,
+        dropout_p=dropout.p if dropout.training else 0.0,
+    )
+
+
+class FeedForward(torch.nn.Module):
+    """``linear2(dropout(activation(linear1(x))))`` in one op.
+
+    `width` is the size of the input and output, `hidden` that between; `activation` is "relu",
+    "gelu", "gelu_tanh" or "silu". Raises `ValueError` for another activation.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.activation(activation)
+        self.activation, self.dropout = activation, checks.probability("dropout", dropout)
+        self.linear1 = torch.nn.Linear(width, hidden, bias=bias, device=device, dtype=dtype)
+        self.linear2 = torch.nn.Linear(hidden, width, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output (..., width) for `x` (..., width)."""
+        return feed_forward(
+            x,
+            self.linear1.weight,
+            self.linear1.bias,
+            self.linear2.weight,
+            self.linear2.bias,
+            activation=self.activation,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+
+class GatedFeedForward(torch.nn.Module):
+    """``down_proj(activation(gate_proj(x)) * up_proj(x))`` in one op, without biases.
+
+    `width` is the size of the input and output, `hidden` that between. Parameter names are those
+    of Llama's feed-forward block. Raises `ValueError` for an unknown activation.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str = "silu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.activation(activation)
+        self.activation = activation
+        self.gate_proj = torch.nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)
+        self.up_proj = torch.nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)
+        self.down_proj = torch.nn.Linear(hidden, width, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output (..., width) for `x` (..., width)."""
+        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return gated_feed_forward(x, *weights, activation=self.activation)
