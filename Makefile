@@ -1,4 +1,4 @@
-# Two commands for everybody: `make demo` and `make test`. Both make .venv on their first call.
+# `make test` makes .venv on its first call and reuses it afterwards.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,10 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 WORKERS ?= 2
 
-.PHONY: help demo test lint format clean
+.PHONY: help test lint format clean
 
 help:
-	@echo "make demo     tune the reference Transformer on real text; writes demo/report.html"
 	@echo "make test     the whole test suite, no GPU needed"
 	@echo "make lint     ruff, mypy and clang-format, as in CI"
 	@echo "make format   let ruff and clang-format rewrite the sources"
@@ -23,9 +22,6 @@ $(READY): pyproject.toml setup.py constraints.txt
 		--editable '.[tune,bench,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	touch $@
-
-demo: $(READY)
-	$(BIN)/fuseformer demo --output demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
@@ -44,4 +40,4 @@ format: $(READY)
 	if [ -n "$$sources" ]; then $(BIN)/clang-format -i $$sources; fi
 
 clean:
-	rm -rf $(VENV) build dist demo runs python/*.egg-info
+	rm -rf $(VENV) build dist runs python/*.egg-info
