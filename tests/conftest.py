@@ -1,0 +1,31 @@
+"""Fixtures that more than one test file needs."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# What test files share lies in its own folder: the repository root stays off the path, where
+# `kernels` would shadow somebody else's package.
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+
+@pytest.fixture(scope="session")
+def triton_on_cpu() -> Iterator[None]:
+    """Execute every Triton launch on the CPU, out-of-bounds accesses and races being failures.
+
+    Triton is patched for the whole process while the session is open, and `choose_backend` takes
+    the "triton" backend for CPU tensors where it is asked for by name.
+    """
+    from fuseformer import backends
+    from ttsem import sanitize
+
+    served = set(backends.TRITON_DEVICES)
+    with sanitize.session(80, "<pytest>", cuda_is_cpu=False, races="raise"):
+        backends.TRITON_DEVICES.add("cpu")
+        try:
+            yield
+        finally:
+            backends.TRITON_DEVICES.clear()
+            backends.TRITON_DEVICES.update(served)
