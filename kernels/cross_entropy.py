@@ -224,11 +224,10 @@ class _Gradients:
 
     def results(self) -> tuple[Tensor, Tensor, Tensor | None]:
         dweight = torch.zeros_like(self.weight) if self.dweight is None else self.dweight
-        dbias = None
-        if self.bias is not None:
-            dbias = torch.zeros_like(self.bias) if self.dbias is None else self.dbias
-            dbias = dbias.to(self.bias.dtype)
-        return self.dhidden, dweight.to(self.weight.dtype), dbias
+        dbias = self.dbias
+        if self.bias is not None and dbias is None:
+            dbias = torch.zeros_like(self.bias)
+        return self.dhidden, dweight, dbias
 
 
 def linear_cross_entropy_forward(
@@ -245,7 +244,8 @@ def linear_cross_entropy_forward(
     """Return the loss, the lse (T,), and with `compute_grads` the gradients of the reduced loss.
 
     `hidden` is (T, width), `weight` (vocab, width), `bias` (vocab,) or None, `target` (T,) int64.
-    Loss and lse are float32, 0 for ignored rows; a class out of range gives NaN.
+    Loss and lse are float32, 0 for ignored rows; a class out of range gives NaN. Gradients of
+    weight and bias that were summed in float32 stay so: the upstream factor is yet to come.
     """
     rows = _Rows(target, ignore_index)
     losses = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
@@ -302,7 +302,9 @@ def linear_cross_entropy_backward(
         lses = rows.take(lse, chunk)
         _launch_rows(logits, classes, lses, None, upstream, ignore_index, label_smoothing, softcap)
         gradients.add(rows, chunk, part, logits)
-    return gradients.results()
+    dhidden, dweight, dbias = gradients.results()
+    dbias = None if dbias is None else dbias.to(weight.dtype)
+    return dhidden, dweight.to(weight.dtype), dbias
 
 
 # ------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def feed_forward(
             rows, w1, b1, w2, b2, activation=activation, dropout_p=p, seed=seed_tensor
         )
     else:
-        saves_pre = name == "cpu" or _kernels(name).saves_pre(x.shape[-1], w2.shape[0])
+        saves_pre = name == "cpu" or _kernels(name).saves_pre(x.shape[-1], w2.shape[0], dtype)
         y, _ = _feed_forward(rows, w1, b1, w2, b2, seed_tensor, activation, p, saves_pre, name)
     return y.view(*x.shape[:-1], w2.shape[0])
 
