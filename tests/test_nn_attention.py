@@ -1,182 +1,201 @@
-"""MultiheadAttention against that of torch.nn, with every mask and option."""
+"""Multi-head attention against `torch.nn.MultiheadAttention`: values, gradients, masks, errors."""
 
 import copy
+import io
 import itertools
-import pickle
 
-import fuseformer as ff
 import pytest
 import torch
-from fuseformer.testing import assert_close_to_reference
 
+import fuseformer as ff
+from fuseformer.nn.attention import is_standard_causal
 
-def pair(**options):
-    """Return torch's module and ours with the same weights, in float64."""
-    torch.manual_seed(0)
-    theirs = torch.nn.MultiheadAttention(24, 4, dtype=torch.float64, **options)
-    torch.manual_seed(0)
-    ours = ff.nn.MultiheadAttention(24, 4, dtype=torch.float64, **options)
-    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
-        assert torch.equal(a, b)
-    with torch.no_grad():  # biases start at 0, which would hide their mistakes
-        for parameter in theirs.parameters():
-            parameter.normal_(0, 0.3)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
-
-
-def check(theirs, ours, inputs, **arguments):
-    """Compare outputs, weights and every gradient."""
-    results = []
-    for module in (ours, theirs):
-        leaves = [t.clone().requires_grad_() for t in inputs]
-        torch.manual_seed(1)
-        out, weights = module(*leaves, **arguments)
-        loss = (out * torch.randn(out.shape, dtype=out.dtype)).sum()
-        if weights is not None:
-            loss = loss + (weights * torch.randn(weights.shape, dtype=out.dtype)).sum()
-        grads = torch.autograd.grad(loss, [*leaves, *module.parameters()], allow_unused=True)
-        results.append([out, weights, *grads])
-    for a, e in zip(*results, strict=True):
-        assert (a is None) == (e is None)
-        if a is not None:
-            torch.testing.assert_close(a, e)
-
-
-MASKS = {
-    "none": lambda sq, sk: None,
-    "bool": lambda sq, sk: torch.rand(sq, sk) < 0.3,
-    "float": lambda sq, sk: torch.randn(sq, sk, dtype=torch.float64),
-    "per_head": lambda sq, sk: torch.randn(2 * 4, sq, sk, dtype=torch.float64),
+WIDTH, HEADS, BATCH, QUERIES, KEYS = 12, 3, 2, 5, 7
+CONSTRUCTIONS = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "other widths": {"kdim": 6, "vdim": 10},
+    "bias_kv": {"add_bias_kv": True},
+    "zero key": {"add_zero_attn": True},
+    "both keys": {"add_bias_kv": True, "add_zero_attn": True},
 }
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("padding", ["none", "bool", "float"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"batch_first": True, "bias": False},
-        {"add_bias_kv": True},
-        {"add_zero_attn": True, "add_bias_kv": True, "batch_first": True},
-        {"kdim": 10, "vdim": 14},
-    ],
-    ids=str,
-)
-def test_equals_torch(mask, padding, options):
-    theirs, ours = pair(**options)
-    sq, sk, batch = 7, 9, 2
-    attn_mask = MASKS[mask](sq, sk)
-    if mask == "bool":
-        attn_mask[:, 0] = False
-    pad = None
+def pair(**options):
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(WIDTH, HEADS, dtype=torch.float64, **options)
+    torch.manual_seed(0)
+    ours = ff.nn.MultiheadAttention(WIDTH, HEADS, dtype=torch.float64, **options)
+    return theirs, ours
+
+
+def run(module, inputs, **call):
+    """Return the outputs and the gradients of everything that can have one."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out, weights = module(*inputs, **call)
+    loss = (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum()
+    if weights is not None:
+        loss = loss + (weights * torch.linspace(0, 1, weights.shape[-1]).to(weights)).sum()
+    module.zero_grad()
+    loss.backward()
+    return [out, weights, *(x.grad for x in inputs), *(p.grad for p in module.parameters())]
+
+
+def make_inputs(module, batch_first=False, batched=True):
+    generator = torch.Generator().manual_seed(1)
+    sizes = ((QUERIES, WIDTH), (KEYS, module.kdim), (KEYS, module.vdim))
+    x = [torch.randn(BATCH, *s, generator=generator, dtype=torch.float64) for s in sizes]
+    if not batched:
+        return [t[0] for t in x]
+    return x if batch_first else [t.transpose(0, 1) for t in x]
+
+
+def make_masks(padding, mask):
+    call = {}
     if padding != "none":
-        pad = torch.tensor([[False] * 6 + [True] * 3, [False] * 9])
-        if padding == "float":
-            pad = torch.zeros(2, 9, dtype=torch.float64).masked_fill(pad, -torch.inf)
-    shapes = [(sq, 24), (sk, options.get("kdim", 24)), (sk, options.get("vdim", 24))]
-    first = options.get("batch_first", False)
-    inputs = [
-        torch.randn(*((batch, s, w) if first else (s, batch, w)), dtype=torch.float64)
-        for s, w in shapes
-    ]
-    for need, average in ((False, True), (True, True), (True, False)):
-        check(
-            theirs,
-            ours,
-            inputs,
-            attn_mask=attn_mask,
-            key_padding_mask=pad,
-            need_weights=need,
-            average_attn_weights=average,
-        )
+        hidden = torch.zeros(BATCH, KEYS, dtype=torch.bool)
+        hidden[1, 4:] = True
+        added = torch.zeros(BATCH, KEYS, dtype=torch.float64).masked_fill(hidden, -1.5)
+        call["key_padding_mask"] = hidden if padding == "bool" else added
+    if mask != "none":
+        generator = torch.Generator().manual_seed(2)
+        lead = (BATCH * HEADS,) if mask.startswith("heads") else ()
+        added = torch.randn(*lead, QUERIES, KEYS, generator=generator, dtype=torch.float64)
+        hidden = added > 0.5
+        hidden[..., 0] = False
+        call["attn_mask"] = hidden if mask.endswith("bool") else added
+    return call
 
 
-@pytest.mark.parametrize(("need", "causal"), itertools.product([False, True], [False, True]))
-def test_unbatched_and_self_attention(need, causal):
-    theirs, ours = pair(batch_first=True)
-    x = torch.randn(6, 24, dtype=torch.float64)
-    mask = torch.ones(6, 6, dtype=torch.bool).triu(1) if causal else None
-    pad = torch.tensor([False] * 4 + [True] * 2)
-    for module in (theirs, ours):
-        module.eval()
-    ours_out = ours(x, x, x, pad, need, mask, is_causal=causal)
-    theirs_out = theirs(x, x, x, pad, need, mask, is_causal=causal)
-    for a, e in zip(ours_out, theirs_out, strict=True):
-        if e is not None:
-            torch.testing.assert_close(a, e)
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+def test_equals_torch_with_every_mask(construction, batch_first):
+    theirs, ours = pair(batch_first=batch_first, **CONSTRUCTIONS[construction])
+    inputs = make_inputs(ours, batch_first)
+    masks = ("none", "bool", "float", "heads bool", "heads float")
+    for padding, mask in itertools.product(("none", "bool", "float"), masks):
+        for weights in ({"need_weights": False}, {}, {"average_attn_weights": False}):
+            call = {**make_masks(padding, mask), **weights}
+            torch.testing.assert_close(run(ours, inputs, **call), run(theirs, inputs, **call))
 
 
-def test_causal_hint_takes_the_causal_path():
+@pytest.mark.parametrize("construction", ["plain", "both keys"])
+def test_unbatched(construction):
+    theirs, ours = pair(**CONSTRUCTIONS[construction])
+    inputs = make_inputs(ours, batched=False)
+    for average in (True, False):
+        call = {
+            "key_padding_mask": make_masks("bool", "none")["key_padding_mask"][1],
+            "attn_mask": make_masks("none", "heads bool")["attn_mask"][:HEADS],
+            "average_attn_weights": average,
+        }
+        torch.testing.assert_close(run(ours, inputs, **call), run(theirs, inputs, **call))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("construction", ["plain", "both keys"])
+def test_self_attention_with_the_causal_hint(construction, batch_first):
+    theirs, ours = pair(batch_first=batch_first, **CONSTRUCTIONS[construction])
+    x = make_inputs(ours, batch_first)[0]
+    mask = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
+    for weights in (True, False):
+        expected = theirs(x, x, x, attn_mask=mask, need_weights=weights)
+        for given in (mask, None):
+            actual = ours(x, x, x, attn_mask=given, is_causal=True, need_weights=weights)
+            torch.testing.assert_close(actual, expected)
+
+
+def test_the_hint_reaches_the_kernel_and_no_weights_are_made():
     _, ours = pair(batch_first=True)
-    x = torch.randn(2, 6, 24, dtype=torch.float64)
-    mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
-    with ff.explain() as decisions:
-        hinted, _ = ours(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)
-        masked, _ = ours(x, x, x, attn_mask=mask, need_weights=False)
-    torch.testing.assert_close(hinted, masked)
-    assert [sorted(d.request.options) for d in decisions.decisions] == [[], ["bias"]]
+    x = make_inputs(ours, True)[0]
+    mask = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
+    with ff.explain() as hinted:
+        assert ours(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[1] is None
+    assert [d.request.options for d in hinted.decisions] == [frozenset()]
+    with ff.explain() as unhinted:
+        ours(x, x, x, attn_mask=mask, need_weights=False)
+    assert unhinted.decisions[0].request.options == {"bias"}
 
 
-def test_a_sequence_of_padding_gives_the_output_bias_and_no_gradient():
+def test_shared_key_and_value():
+    theirs, ours = pair()
+    query, key, _ = make_inputs(ours)
+    torch.testing.assert_close(ours(query, key, key), theirs(query, key, key))
+
+
+def test_fully_masked_sequence_is_zero_and_finite():
     _, ours = pair(batch_first=True)
-    x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
-    pad = torch.tensor([[True] * 5, [False] * 5])
-    out, weights = ours(x, x, x, key_padding_mask=pad)
-    torch.testing.assert_close(out[0], ours.out_proj.bias.expand(5, 24))
-    assert (weights[0] == 0).all()
-    out.sum().backward()
-    assert (x.grad[0] == 0).all()
-    assert x.grad[1].isfinite().all()
+    hidden = torch.tensor([[False] * KEYS, [True] * KEYS])
+    blocked = torch.zeros(BATCH, KEYS, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+    for mask in (hidden, blocked):
+        out, weights, *gradients = run(ours, make_inputs(ours, True), key_padding_mask=mask)
+        torch.testing.assert_close(out[1], ours.out_proj.bias.expand_as(out[1]))
+        assert not weights[1].any()
+        assert all(g.isfinite().all() for g in gradients)
+        assert not gradients[1][1].any()
 
 
-def test_weights_load_both_ways_and_copies_keep_the_class():
-    theirs, ours = pair(add_bias_kv=True)
-    theirs.load_state_dict(ours.state_dict())
-    clone = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
-    assert type(clone) is ff.nn.MultiheadAttention
-    assert clone.state_dict().keys() == theirs.state_dict().keys()
-    assert isinstance(ours, torch.nn.MultiheadAttention)
+def test_weights_load_both_ways_and_seeds_agree():
+    for options in CONSTRUCTIONS.values():
+        theirs, ours = pair(**options)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        theirs.load_state_dict(ours.state_dict(), strict=True)
+        assert isinstance(ours, torch.nn.MultiheadAttention)
 
 
-def test_dropout_runs_in_training_alone():
-    ours = ff.nn.MultiheadAttention(24, 4, dropout=0.5, batch_first=True)
-    x = torch.randn(2, 6, 24)
-    torch.manual_seed(0)
-    first = ours(x, x, x)[0]
-    second = ours(x, x, x)[0]
-    torch.manual_seed(0)
-    assert torch.equal(first, ours(x, x, x)[0])
-    assert not torch.equal(first, second)
+def test_deepcopy_and_saving():
+    _, ours = pair()
+    inputs = make_inputs(ours)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    for other in (copy.deepcopy(ours), torch.load(file, weights_only=False)):
+        assert type(other) is ff.nn.MultiheadAttention
+        torch.testing.assert_close(other(*inputs), ours(*inputs), rtol=0, atol=0)
+
+
+def test_dropout_only_in_training_and_repeatable():
+    _, ours = pair(dropout=0.5)
+    inputs = make_inputs(ours)
+    torch.manual_seed(3)
+    first = ours(*inputs, need_weights=False)[0]
+    torch.manual_seed(3)
+    torch.testing.assert_close(ours(*inputs, need_weights=False)[0], first, rtol=0, atol=0)
     ours.eval()
-    assert torch.equal(ours(x, x, x)[0], ours(x, x, x)[0])
+    plain = ours(*inputs, need_weights=False)[0]
+    assert not torch.equal(plain, first)
+    torch.testing.assert_close(ours(*inputs, need_weights=False)[0], plain, rtol=0, atol=0)
 
 
-def test_autocast():
-    ours = ff.nn.MultiheadAttention(24, 4, batch_first=True)
-    x = torch.randn(2, 6, 24)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, weights = ours(x, x, x)
-    assert out.dtype == weights.dtype == torch.bfloat16
-    exact, low = ours(x, x, x)[0], copy.deepcopy(ours).bfloat16()(*[x.bfloat16()] * 3)[0]
-    assert_close_to_reference(out, exact, low)
+def test_standard_causal_masks_are_recognised():
+    added = torch.nn.Transformer.generate_square_subsequent_mask(4)
+    assert is_standard_causal(added)
+    assert is_standard_causal(added == -torch.inf)
+    assert not is_standard_causal(added.clone().requires_grad_())
+    assert not is_standard_causal(added[:3])
+    assert not is_standard_causal(torch.zeros(4, 4))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("argument", "call"),
     [
-        ({"query": torch.zeros(2, 5, 23)}, "query: got width 23"),
-        ({"key": torch.zeros(5, 24)}, "key: got 2 dimensions"),
-        ({"value": torch.zeros(2, 4, 24)}, "value: got shape"),
-        ({"key": torch.zeros(3, 5, 24), "value": torch.zeros(3, 5, 24)}, "key: got batch size 3"),
-        ({"attn_mask": torch.zeros(5, 4)}, r"attn_mask: got shape \(5, 4\)"),
-        ({"key_padding_mask": torch.zeros(5, 2, dtype=torch.bool)}, "key_padding_mask: got shape"),
-        ({"is_causal": True}, "attn_mask: got None"),
+        ("query", {"query": torch.zeros(QUERIES, BATCH, WIDTH + 1, dtype=torch.float64)}),
+        ("query", {"query": torch.zeros(1, 1, 1, WIDTH, dtype=torch.float64)}),
+        ("key", {"key": torch.zeros(KEYS, BATCH + 1, WIDTH, dtype=torch.float64)}),
+        ("value", {"value": torch.zeros(KEYS + 1, BATCH, WIDTH, dtype=torch.float64)}),
+        ("value", {"value": None}),
+        ("key_padding_mask", {"key_padding_mask": torch.zeros(BATCH, 1, dtype=torch.bool)}),
+        ("key_padding_mask", {"key_padding_mask": torch.zeros(BATCH, KEYS, dtype=torch.int64)}),
+        ("attn_mask", {"attn_mask": torch.zeros(KEYS, QUERIES)}),
+        ("attn_mask", {"attn_mask": [[0.0]]}),
     ],
 )
-def test_bad_input_names_the_argument(change, message):
-    ours = ff.nn.MultiheadAttention(24, 4, batch_first=True)
-    good = {name: torch.zeros(2, 5, 24) for name in ("query", "key", "value")}
-    with pytest.raises(ValueError, match=message):
-        ours(**(good | change))
+def test_errors_name_the_argument(argument, call):
+    _, ours = pair()
+    query, key, value = make_inputs(ours)
+    if "key" in call:
+        call = {**call, "value": call["key"]}
+    with pytest.raises((ValueError, TypeError), match=f"^{argument}: got"):
+        ours(**{"query": query, "key": key, "value": value, **call})

@@ -10,25 +10,22 @@ from torch import Tensor
 from ..ops.attention import attention, attention_weights
 
 
-def is_standard_causal(mask: Tensor | None, hint: bool | None, size: int) -> bool:
-    """Return whether `mask` is the causal mask of `size` positions; a `hint` answers at once.
+def is_standard_causal(mask: Tensor) -> bool:
+    """Return whether `mask`, bool or additive, is the square causal mask.
 
     Looking at the mask waits for the device, so it is not done while compiling or capturing a
     graph, where the mask is then served as it is. A mask that learns is never the causal mask.
     """
-    if hint is not None:
-        return hint
-    if mask is None or tuple(mask.shape) != (size, size) or mask.requires_grad:
+    if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.requires_grad:
         return False
     if torch.compiler.is_compiling():
         return False
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    future = torch.ones(size, size, dtype=torch.bool, device=mask.device).triu(1)
+    future = torch.ones_like(mask, dtype=torch.bool).triu(1)
     if mask.dtype == torch.bool:
         return bool((mask == future).all())
-    causal = torch.zeros(size, size, dtype=mask.dtype, device=mask.device)
-    return bool((mask == causal.masked_fill(future, -math.inf)).all())
+    return bool((mask == torch.zeros_like(mask).masked_fill(future, -math.inf)).all())
 
 
 def adopt(module: torch.nn.MultiheadAttention) -> "MultiheadAttention":

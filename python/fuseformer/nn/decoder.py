@@ -87,7 +87,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         Without `tgt_is_causal`, the standard causal mask is recognised and handed to the kernel.
         """
         if tgt_mask is not None and tgt_is_causal is None:
-            tgt_is_causal = is_standard_causal(tgt_mask, None, tgt_mask.shape[-1])
+            tgt_is_causal = is_standard_causal(tgt_mask)
         output = tgt
         for layer in self.layers:
             output = layer(

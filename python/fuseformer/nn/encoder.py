@@ -87,7 +87,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         Without `is_causal`, the standard causal mask is recognised and handed to the kernel.
         """
         if mask is not None and is_causal is None:
-            is_causal = is_standard_causal(mask, None, mask.shape[-1])
+            is_causal = is_standard_causal(mask)
         output = src
         for layer in self.layers:
             output = layer(

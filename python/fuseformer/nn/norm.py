@@ -28,6 +28,8 @@ class AddLayerNorm(torch.nn.Module):
     `torch.nn.LayerNorm`.
     """
 
+    bias: torch.nn.Parameter | None
+
     def __init__(
         self,
         width: int,
