@@ -6,9 +6,10 @@ of it with a causal mask, and the visible share with padding. Eager maths does t
 
 import math
 
-import fuseformer as ff
 import torch
 import torch.nn.functional as F
+
+import fuseformer as ff
 
 from .timer import Candidate, Result, Row, compare, verify
 

@@ -3,9 +3,10 @@
 FLOP: 12 * T * width * hidden (forward 4, backward 8).
 """
 
-import fuseformer as ff
 import torch
 import torch.nn.functional as F
+
+import fuseformer as ff
 
 from .timer import Candidate, Result, Row, compare, verify
 

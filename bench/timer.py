@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+
 from fuseformer.testing import assert_close_to_reference
 
 Result = tuple[torch.Tensor, ...]

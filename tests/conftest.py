@@ -18,8 +18,9 @@ def triton_on_cpu() -> Iterator[None]:
     Triton is patched for the whole process while the session is open, and `choose_backend` takes
     the "triton" backend for CPU tensors where it is asked for by name.
     """
-    from fuseformer import backends
     from ttsem import sanitize
+
+    from fuseformer import backends
 
     served = set(backends.TRITON_DEVICES)
     with sanitize.session(80, "<pytest>", cuda_is_cpu=False, races="raise"):

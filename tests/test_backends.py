@@ -1,9 +1,10 @@
 import subprocess
 import sys
 
-import fuseformer as ff
 import pytest
 import torch
+
+import fuseformer as ff
 from fuseformer import backends
 from fuseformer.backends import Request, choose_backend, refusal
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from fuseformer._version import __version__
 from fuseformer.cli import main
 

@@ -10,8 +10,9 @@ from attention_checks import (
     check_packed,
     compare,
 )
-from fuseformer import reference
 from fuseformer.kernels import attention as kernels
+
+from fuseformer import reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NO_MASKS = (None, None, None, None, None)

@@ -2,11 +2,12 @@
 
 import math
 
-import fuseformer as ff
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
+
+import fuseformer as ff
 from fuseformer.testing import assert_close_to_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,9 +1,10 @@
 """Feed-forward, norm, loss and rotary ops: the CPU backend against the oracle, and the contract."""
 
-import fuseformer as ff
 import pytest
 import torch
 import torch._dynamo.testing
+
+import fuseformer as ff
 from fuseformer.testing import assert_close_to_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from fuseformer.philox import (
     draw_seed,
     dropout_scale,

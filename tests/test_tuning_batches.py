@@ -4,6 +4,7 @@ from itertools import islice, pairwise
 
 import pytest
 import torch
+
 from fuseformer.tuning import batches
 from fuseformer.tuning.batches import Example, PackedSampler
 from fuseformer.tuning.instructions import IGNORE_INDEX

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from fuseformer.tuning import evaluation
 from fuseformer.tuning.evaluation import corpus_perplexity, evaluate
 from fuseformer.tuning.instructions import IGNORE_INDEX, Record, encode_answer, encode_prompt

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+
 from fuseformer.tuning import dataset, instructions, splitting, tasks
 from fuseformer.tuning.corpora import Docstring, Document
 from fuseformer.tuning.instructions import Record

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from fuseformer.tuning import metrics
 
 SCORES = (

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from fuseformer.tuning.instructions import Record
 from fuseformer.tuning.recurrent import RecurrentClassifier, train_recurrent
 

@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from fuseformer.tuning import corpora
-from fuseformer.tuning.tokenizer import SPECIAL_TOKENS, Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fuseformer.tuning import corpora
+from fuseformer.tuning.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
 from fuseformer import reference
 from fuseformer.philox import dropout_scale, keep_mask
 from fuseformer.testing import assert_close_to_reference
-from torch import Tensor
 
 NO_OPTIONS = (-1, -1, 0.0)  # window left and right, softcap
 RESULTS = ("out", "lse", "dq", "dk", "dv")

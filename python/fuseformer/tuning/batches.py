@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
 from fuseformer.tuning.instructions import IGNORE_INDEX
 from fuseformer.tuning.splitting import stable_hash
-from torch import Tensor
 
 MASKED_SHARE = 0.15
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from fuseformer.tuning.instructions import Record, TextEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+
+from fuseformer.tuning.instructions import Record, TextEncoder
 
 
 class RecurrentClassifier(nn.Module):
