@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import fuseformer as ff
 
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 WIDTH, HEADS, HIDDEN, BATCH, SOURCE, TARGET = 12, 3, 20, 2, 6, 5
 STACK = {"num_encoder_layers": 2, "num_decoder_layers": 2}
 
@@ -60,7 +61,9 @@ def test_encoder_layer(activation, norm_first, bias):
     torch.testing.assert_close(run(ours, source), run(theirs, source))
 
 
-@pytest.mark.parametrize(("norm_first", "batch_first"), itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize(
+    ("norm_first", "batch_first"), list(itertools.product([False, True], repeat=2))
+)
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_transformer_with_masks(norm_first, batch_first):
     options = {"norm_first": norm_first, "batch_first": batch_first, "activation": "gelu", **STACK}
@@ -169,5 +172,5 @@ def test_unknown_activation_and_wrong_width_raise():
     with pytest.raises(RuntimeError, match="relu/gelu"):
         ff.nn.TransformerEncoderLayer(WIDTH, HEADS, activation="swoosh")
     layer = ff.nn.TransformerDecoderLayer(WIDTH, HEADS, HIDDEN)
-    with pytest.raises(ValueError, match="^query: got width"):
+    with pytest.raises(ValueError, match=r"^query: got width"):
         layer(torch.zeros(TARGET, BATCH, WIDTH + 1), torch.zeros(SOURCE, BATCH, WIDTH))
