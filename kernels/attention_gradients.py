@@ -55,8 +55,8 @@ def _add_key_gradients(
         rows = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
         q = load_tile(q_base, q_offsets, row, stride_qs, seqlen_q, HEAD_DIM, MASKED)
         if MASKED:
-            # An lse of +inf makes the probabilities of rows that do not exist 0.
-            lse = tl.load(lse_base + rows, mask=rows < seqlen_q, other=float("inf"))  # (BLOCK_M,)
+            # Rows that do not exist add nothing: their q, dout and delta are 0.
+            lse = tl.load(lse_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
             delta = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
         else:
             lse = tl.load(lse_base + rows)  # (BLOCK_M,)
@@ -256,7 +256,7 @@ def attention_query_gradient_kernel(
     dout = load_tile(dout_base, dout_offsets, row, stride_dos, seqlen_q, HEAD_DIM, True)
     rows = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     rows_base = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + start_q
-    lse = tl.load(lse_log2_ptr + rows_base + rows, mask=rows < seqlen_q, other=float("inf"))
+    lse = tl.load(lse_log2_ptr + rows_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
     delta = tl.load(delta_ptr + rows_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
     ends = row_ends(rows, key_end, diagonal, CAUSAL)  # (BLOCK_M,)
     full_end, visible_end = key_ranges(

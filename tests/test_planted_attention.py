@@ -1,0 +1,160 @@
+"""Bugs planted in a copy of the attention kernels must be caught by the checks of the real ones."""
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import fuseformer.kernels
+import pytest
+import torch
+from attention_checks import Case, check_dense, check_dropout_mask, check_packed
+from ttsem.sanitize import KernelFault
+
+pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+
+BF16, FP16 = torch.bfloat16, torch.float16
+SMALL = Case((1, 1), (63, 65), 16, FP16, "top_left")
+TWO_BLOCKS = Case((1, 1), (16, 200), 16, FP16)
+
+
+def dense(case: Case) -> Callable[[ModuleType], None]:
+    return lambda kernels: check_dense(kernels, case)
+
+
+# file, correct text, planted text, the check that must fail
+BUGS = {
+    "the causal mask hides the diagonal": (
+        "attention_tiles.py",
+        "rows + diagonal + 1)",
+        "rows + diagonal)",
+        dense(SMALL),
+    ),
+    "the causal mask lets one future key in": (
+        "attention_tiles.py",
+        "visible = tl.expand_dims(columns, 1 - AXIS) < ",
+        "visible = tl.expand_dims(columns, 1 - AXIS) <= ",
+        dense(SMALL),
+    ),
+    "the block on the diagonal counts as full": (
+        "attention_tiles.py",
+        "tl.maximum(tl.minimum(key_end, row + diagonal + 1), 0)",
+        "tl.maximum(tl.minimum(key_end, row + diagonal + BLOCK_N), 0)",
+        dense(Case((1, 1), (128, 128), 64, FP16, "top_left")),
+    ),
+    "the accumulator is not rescaled": (
+        "attention.py",
+        "acc = acc * rescale[:, None]",
+        "acc = acc * 1.0",
+        dense(TWO_BLOCKS),
+    ),
+    "the row sum is not rescaled": (
+        "attention.py",
+        "row_sum = row_sum * rescale + ",
+        "row_sum = row_sum + ",
+        dense(TWO_BLOCKS),
+    ),
+    "rows without keys are not guarded": (
+        "attention.py",
+        'shift = tl.where(new_max == -float("inf"), 0.0, new_max)',
+        "shift = new_max",
+        dense(Case((1, 1), (40, 20), 16, FP16, "bottom_right")),
+    ),
+    "delta forgets the gradient of lse": (
+        "attention_backward.py",
+        "delta -= tl.load(",
+        "delta -= 0.0 * tl.load(",
+        dense(SMALL),
+    ),
+    "query heads read the wrong key head": (
+        "attention.py",
+        "kv_head = head // GROUP",
+        "kv_head = head % (heads // GROUP)",
+        dense(Case((4, 2), (16, 16), 16, FP16)),
+    ),
+    "only the first head of a group reaches dk": (
+        "attention_gradients.py",
+        "head = kv_head * GROUP + member",
+        "head = kv_head * GROUP + member * 0",
+        dense(Case((4, 2), (16, 16), 16, FP16)),
+    ),
+    "the last rows never reach dk": (
+        "attention_gradients.py",
+        "tail_count = tl.cdiv(tl.maximum(row_end - full_end, 0), EDGE_M)",
+        "tail_count = tl.maximum(row_end - full_end, 0) // EDGE_M",
+        dense(Case((1, 1), (17, 17), 16, FP16)),
+    ),
+    "the tail of the keys is read": (
+        "attention_tiles.py",
+        "tl.arange(0, BLOCK)[:, None] < rows - row  # (BLOCK, 1)\n    real_column = tl.arange(0, "
+        "BLOCK_D)[None, :] < HEAD_DIM  # (1, BLOCK_D)\n    if",
+        "tl.arange(0, BLOCK)[:, None] <= rows - row  # (BLOCK, 1)\n    real_column = tl.arange(0, "
+        "BLOCK_D)[None, :] < HEAD_DIM  # (1, BLOCK_D)\n    if",
+        dense(Case((1, 1), (17, 17), 16, FP16)),
+    ),
+    "padded keys keep their gradient": (
+        "attention_gradients.py",
+        "dv = tl.where(real[:, None], dv, 0.0)",
+        "dv = tl.where(keys[:, None] < seqlen_k, dv, 0.0)",
+        dense(Case((1, 1), (16, 40), 16, FP16, key_lengths=(20,))),
+    ),
+    "the backward pass drops other elements": (
+        "attention_gradients.py",
+        "dropout_keep(seed, batch, head, row, first_key, threshold, BLOCK_M, BLOCK_N)",
+        "dropout_keep(seed, batch, head + 1, row, first_key, threshold, BLOCK_M, BLOCK_N)",
+        lambda kernels: check_dropout_mask(kernels, 0.5),
+    ),
+    "a packed sequence starts one row early": (
+        "attention_tiles.py",
+        "start_k = tl.load(cu_seqlens_k + batch)",
+        "start_k = tl.load(cu_seqlens_k + batch) - batch",
+        lambda kernels: check_packed(kernels, ((8, 8), (8, 8)), 16, FP16, "none", 0.0),
+    ),
+}
+
+
+@pytest.fixture
+def planted(tmp_path) -> Callable[[str, str, str], ModuleType]:
+    """Return a function that loads a copy of the kernels with a text replaced in one file."""
+    loaded: list[str] = []
+
+    def load(file: str, correct: str, wrong: str) -> ModuleType:
+        package = f"planted_kernels_{len(sys.modules)}"
+        folder = tmp_path / package
+        shutil.copytree(Path(fuseformer.kernels.__path__[0]), folder)
+        source = (folder / file).read_text()
+        assert correct in source, f"{file} has changed: plant the bug anew"
+        (folder / file).write_text(source.replace(correct, wrong))
+        spec = importlib.util.spec_from_file_location(
+            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[package] = module
+        loaded.append(package)
+        spec.loader.exec_module(module)
+        return importlib.import_module(f"{package}.attention")
+
+    yield load
+    for name in list(sys.modules):
+        if name.split(".")[0] in loaded:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name, planted):
+    file, correct, wrong, check = BUGS[name]
+    kernels = planted(file, correct, wrong)
+    with pytest.raises((AssertionError, KernelFault)):
+        check(kernels)
+
+
+def test_the_copy_without_a_bug_passes(planted):
+    """Else the tests above would pass for any reason at all."""
+    kernels = planted("attention.py", "kv_head = head // GROUP", "kv_head = head // GROUP")
+    for case in (SMALL, TWO_BLOCKS):
+        check_dense(kernels, case)
+    check_packed(kernels, ((8, 8), (8, 8)), 16, FP16, "none", 0.0)
