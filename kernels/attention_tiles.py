@@ -80,7 +80,7 @@ def load_tile(base, offsets, row, stride_s, rows, HEAD_DIM: tl.constexpr, BOUNDE
     """Load the tile that begins at `row`: 0 from row `rows` on, if BOUNDED, and past HEAD_DIM."""
     BLOCK: tl.constexpr = offsets.shape[0]
     BLOCK_D: tl.constexpr = offsets.shape[1]
-    ptrs = base + row.to(tl.int64) * stride_s + offsets  # (BLOCK, BLOCK_D)
+    ptrs = base + tl.cast(row, tl.int64) * stride_s + offsets  # (BLOCK, BLOCK_D)
     real_row = tl.arange(0, BLOCK)[:, None] < rows - row  # (BLOCK, 1)
     real_column = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM  # (1, BLOCK_D)
     if BOUNDED and HEAD_DIM != BLOCK_D:
@@ -99,7 +99,7 @@ def store_tile(base, tile, row, stride_s, rows, HEAD_DIM: tl.constexpr):
     """Store `tile` (BLOCK, BLOCK_D) from `row` up to row `rows` and column HEAD_DIM."""
     BLOCK: tl.constexpr = tile.shape[0]
     BLOCK_D: tl.constexpr = tile.shape[1]
-    ptrs = base + row.to(tl.int64) * stride_s + tile_offsets(stride_s, BLOCK, BLOCK_D)
+    ptrs = base + tl.cast(row, tl.int64) * stride_s + tile_offsets(stride_s, BLOCK, BLOCK_D)
     real_row = tl.arange(0, BLOCK)[:, None] < rows - row  # (BLOCK, 1)
     real_column = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM  # (1, BLOCK_D)
     tl.store(ptrs, tile.to(base.dtype.element_ty), mask=real_row & real_column)

@@ -1,0 +1,290 @@
+"""Residual addition, dropout and layer norm in Triton, one kernel each way.
+
+A program works on rows {i, i + 8}: one Philox call decides about both, so that no word is computed
+twice. The sum is not saved; backward forms it again from what autograd keeps anyway.
+
+Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import KernelSpec, launch, recorded_launches
+
+# ------------------------------------------------------------------------------------------------
+# Configs
+# ------------------------------------------------------------------------------------------------
+
+# A row stays in registers; past this width backward would spill its two column sums.
+MAX_WIDTH = 8192
+
+# Programs of the backward pass, each with its own partial sums: enough for several per
+# multiprocessor of a large GPU, few enough that the partial sums stay small beside the input.
+_BACKWARD_PROGRAMS = 512
+
+
+def row_config(width: int) -> tuple[int, int, int]:
+    """Return (ROWS, BLOCK_N, warps) for rows of `width` values; raise `ValueError` if too wide.
+
+    A thread owns 16 values of a tile. Beyond 4096 columns a single row fills a program, 8 values to
+    a thread: its two column sums take the other registers.
+    """
+    if width > MAX_WIDTH:
+        raise ValueError(f"x: got width {width}, expected at most {MAX_WIDTH} for the Triton norm")
+    block_n = max(32, triton.next_power_of_2(width))
+    rows = 2 if block_n <= 4096 else 1
+    return rows, block_n, max(1, rows * block_n // 512) if rows == 2 else block_n // 256
+
+
+# ------------------------------------------------------------------------------------------------
+# Device helpers
+# ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _program_rows(index, ROWS: tl.constexpr):
+    """Return the rows (ROWS,) of work item `index`: i and i + 8, or one."""
+    if ROWS == 2:
+        rows = index // 8 * 16 + index % 8 + 8 * tl.arange(0, 2)
+    else:
+        rows = index + tl.arange(0, 1)
+    return rows
+
+
+@triton.jit
+def _row_keep(seed, rows, threshold, BLOCK_N: tl.constexpr):
+    """Return which elements (ROWS, BLOCK_N) of `rows`, all with one Philox row, dropout keeps.
+
+    The definition is that of `fuseformer.philox`, with head 1.
+    """
+    first = tl.min(rows, 0)
+    columns = tl.arange(0, BLOCK_N // 4)  # (BLOCK_N / 4,)
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        columns.to(tl.uint32),
+        tl.full((BLOCK_N // 4,), first // 16 * 8 + first % 8, tl.uint32),
+        tl.full((BLOCK_N // 4,), 1, tl.uint32),
+        tl.full((BLOCK_N // 4,), 0, tl.uint32),
+    )  # (BLOCK_N / 4,) each
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    words = tl.reshape(words, (BLOCK_N // 32, 8, 2, 2))  # (cols / 32, col % 8, bit 1, bit 0)
+    words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (BLOCK_N,))
+    halves = (rows // 8 % 2 * 16).to(tl.uint32)  # (ROWS,)
+    return ((words[None, :] >> halves[:, None]) & 0xFFFF) >= threshold
+
+
+@triton.jit
+def _load_rows(ptr, offsets, inside):
+    return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# Kernels
+# ------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["tokens", "threshold"])
+def add_layer_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, seed_ptr,
+    tokens, eps, threshold, dropout_scale,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Normalise ``residual + dropout(x)`` of one or two rows.
+
+    Grid: (work items,). x, residual and y are (tokens, WIDTH) contiguous, mean and rstd (tokens,).
+    """
+    rows = _program_rows(tl.program_id(0), ROWS)  # (ROWS,)
+    columns = tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    real = columns < WIDTH
+    inside = (rows < tokens)[:, None] & real[None, :]
+    offsets = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]  # (ROWS, BLOCK_N)
+    total = _load_rows(x_ptr, offsets, inside)  # (ROWS, BLOCK_N)
+    if seed_ptr is not None:
+        keep = _row_keep(tl.load(seed_ptr), rows, threshold, BLOCK_N)
+        total = tl.where(keep, total * dropout_scale, 0.0)
+    total += _load_rows(residual_ptr, offsets, inside)
+    mean = tl.sum(total, 1) / WIDTH  # (ROWS,)
+    centred = tl.where(real[None, :], total - mean[:, None], 0.0)  # (ROWS, BLOCK_N)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)  # (ROWS,)
+    y = centred * rstd[:, None] * _load_rows(weight_ptr, columns, real)[None, :]
+    if bias_ptr is not None:
+        y += _load_rows(bias_ptr, columns, real)[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + rows, mean, mask=rows < tokens)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < tokens)
+
+
+@triton.jit(do_not_specialize=["tokens", "items", "threshold"])
+def add_layer_norm_gradient_kernel(
+    dy_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
+    tokens, items, threshold, dropout_scale,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Compute dx and dresidual of every row of its work items, and its share of dweight and dbias.
+
+    Grid: (programs,); a program takes the items from its own index on in steps of the grid. dweight
+    and dbias are (programs, WIDTH) float32 partial sums.
+    """
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    real = columns < WIDTH
+    weight = _load_rows(weight_ptr, columns, real)  # (BLOCK_N,)
+    dweight = tl.zeros((BLOCK_N,), tl.float32)
+    dbias = tl.zeros((BLOCK_N,), tl.float32)
+    seed = 0
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    for index in range(program, items, tl.num_programs(0)):
+        rows = _program_rows(index, ROWS)  # (ROWS,)
+        inside = (rows < tokens)[:, None] & real[None, :]
+        offsets = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]  # (ROWS, BLOCK_N)
+        mean = tl.load(mean_ptr + rows, mask=rows < tokens, other=0.0)  # (ROWS,)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < tokens, other=0.0)  # (ROWS,)
+        dy = _load_rows(dy_ptr, offsets, inside)  # (ROWS, BLOCK_N)
+        total = _load_rows(x_ptr, offsets, inside)  # (ROWS, BLOCK_N)
+        factors = 1.0
+        if seed_ptr is not None:
+            keep = _row_keep(seed, rows, threshold, BLOCK_N)
+            factors = tl.where(keep, dropout_scale, 0.0)  # (ROWS, BLOCK_N)
+            total *= factors
+        total += _load_rows(residual_ptr, offsets, inside)
+        # Past the last row dy is 0, and with it all that follows; past the last column too.
+        normal = (total - mean[:, None]) * rstd[:, None]  # (ROWS, BLOCK_N)
+        dweight += tl.sum(dy * normal, 0)
+        dbias += tl.sum(dy, 0)
+        dnormal = dy * weight[None, :]  # (ROWS, BLOCK_N)
+        along = tl.sum(dnormal * normal, 1) / WIDTH  # (ROWS,)
+        shift = tl.sum(dnormal, 1) / WIDTH  # (ROWS,)
+        dtotal = (dnormal - normal * along[:, None] - shift[:, None]) * rstd[:, None]
+        tl.store(dresidual_ptr + offsets, dtotal.to(dx_ptr.dtype.element_ty), mask=inside)
+        dx = dtotal * factors  # (ROWS, BLOCK_N)
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    partial = program.to(tl.int64) * WIDTH + columns  # (BLOCK_N,)
+    tl.store(dweight_ptr + partial, dweight, mask=real)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + partial, dbias, mask=real)
+
+
+# ------------------------------------------------------------------------------------------------
+# Launchers
+# ------------------------------------------------------------------------------------------------
+
+
+def _shared_arguments(
+    x: Tensor, residual: Tensor, weight: Tensor, seed: Tensor | None, dropout_p: float
+) -> tuple[dict[str, object], int, int]:
+    """Return the arguments that both kernels take, the number of work items, and the warps."""
+    tokens, width = x.shape
+    rows, block_n, num_warps = row_config(width)
+    threshold = round(dropout_p * 65536)
+    arguments = {
+        "x_ptr": x.contiguous(),
+        "residual_ptr": residual.contiguous(),
+        "weight_ptr": weight.contiguous(),
+        "seed_ptr": seed if threshold else None,
+        "tokens": tokens,
+        "threshold": threshold,
+        "dropout_scale": 0.0 if threshold == 65536 else 65536 / (65536 - threshold),
+        "WIDTH": width,
+        "ROWS": rows,
+        "BLOCK_N": block_n,
+    }
+    # Pairs eight rows apart: sixteen rows are eight items, some of them past the end.
+    items = tokens if rows == 1 else triton.cdiv(tokens, 16) * 8
+    return arguments, items if width else 0, num_warps
+
+
+def add_layer_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the normalised sum (T, width), and its mean and reciprocal deviation (T,) in float32.
+
+    `x` and `residual` are (T, width) of one dtype, any strides; `weight` and `bias` (width,) may be
+    wider. Raises `ValueError` past `MAX_WIDTH` columns.
+    """
+    arguments, items, num_warps = _shared_arguments(x, residual, weight, seed, dropout_p)
+    y = x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    arguments |= {
+        "bias_ptr": None if bias is None else bias.contiguous(),
+        "y_ptr": y,
+        "mean_ptr": mean,
+        "rstd_ptr": rstd,
+        "eps": float(eps),
+    }
+    launch(add_layer_norm_kernel, (items,), arguments, num_warps=num_warps, num_stages=1)
+    return y, mean, rstd
+
+
+def add_layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of x, residual, weight and bias; that of an absent bias is None."""
+    arguments, items, num_warps = _shared_arguments(x, residual, weight, seed, dropout_p)
+    dx, dresidual = x.new_empty(x.shape), x.new_empty(x.shape)
+    programs = min(items, _BACKWARD_PROGRAMS)
+    dweight = x.new_empty(programs, x.shape[1], dtype=torch.float32)
+    dbias = torch.empty_like(dweight) if has_bias else None
+    arguments |= {
+        "dy_ptr": dy.contiguous(),
+        "mean_ptr": mean,
+        "rstd_ptr": rstd,
+        "dx_ptr": dx,
+        "dresidual_ptr": dresidual,
+        "dweight_ptr": dweight,
+        "dbias_ptr": dbias,
+        "items": items,
+    }
+    launch(
+        add_layer_norm_gradient_kernel, (programs,), arguments, num_warps=num_warps, num_stages=1
+    )
+    dweight = dweight.sum(0).to(weight.dtype)
+    return dx, dresidual, dweight, None if dbias is None else dbias.sum(0).to(weight.dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# Specs
+# ------------------------------------------------------------------------------------------------
+
+
+def kernel_specs(family: str) -> Iterator[KernelSpec]:
+    """Yield the launches of representative calls; the configs are the same for every `family`."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for dtype, parameter_dtype, width, dropout_p in (
+        (bf16, bf16, 32, 0.1),
+        (bf16, fp32, 96, 0.0),
+        (bf16, bf16, 512, 0.1),
+        (bf16, fp32, 1000, 0.1),
+        (fp16, fp16, 1024, 0.0),
+        (bf16, bf16, 2048, 0.1),
+        (fp32, fp32, 4096, 0.1),
+        (fp16, fp32, 4096, 0.1),
+        (bf16, bf16, 8192, 0.1),
+        (fp32, fp32, 8192, 0.0),
+    ):
+        x = torch.empty(4096, width, dtype=dtype, device="meta")
+        weight = torch.empty(width, dtype=parameter_dtype, device="meta")
+        seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p else None
+        with recorded_launches(family) as specs:
+            y, mean, rstd = add_layer_norm_forward(x, x, weight, weight, seed, 1e-5, dropout_p)
+            add_layer_norm_backward(y, x, x, weight, mean, rstd, seed, dropout_p, True)
+        yield from specs

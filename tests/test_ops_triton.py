@@ -1,0 +1,133 @@
+"""The public ops on Triton: executed on the CPU, and as custom ops in the interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fuseformer as ff
+from fuseformer.testing import assert_close_to_reference
+
+pytest.importorskip("ttsem")
+
+CALLS = {
+    "attention": (
+        lambda q, k, v, backend: ff.attention(
+            q,
+            k,
+            v,
+            causal=True,
+            key_lengths=torch.tensor([37, 0], dtype=torch.int32),
+            dropout_p=0.2,
+            seed=3,
+            backend=backend,
+        ),
+        lambda: [torch.randn(2, 4, 33, 24), *(torch.randn(2, 2, 50, 24) for _ in range(2))],
+    ),
+    "varlen_attention": (
+        lambda q, k, v, backend: ff.varlen_attention(
+            q,
+            k,
+            v,
+            *[torch.tensor([0, 9, 9, 40], dtype=torch.int32)] * 2,
+            31,
+            31,
+            causal="bottom_right",
+            backend=backend,
+        ),
+        lambda: [torch.randn(40, 4, 24), *(torch.randn(40, 2, 24) for _ in range(2))],
+    ),
+    "feed_forward": (
+        lambda x, w1, b1, w2, b2, backend: ff.feed_forward(
+            x, w1, b1, w2, b2, activation="gelu", dropout_p=0.2, seed=3, backend=backend
+        ),
+        lambda: [
+            torch.randn(2, 19, 40),
+            torch.randn(72, 40) / 6,
+            torch.randn(72),
+            torch.randn(40, 72) / 8,
+            torch.randn(40),
+        ],
+    ),
+    "linear_cross_entropy": (
+        lambda h, w, backend: ff.linear_cross_entropy(
+            h, w, torch.tensor([3, -100, 0, 100, 5] * 5), label_smoothing=0.1, backend=backend
+        ),
+        lambda: [torch.randn(25, 24), torch.randn(101, 24) / 4],
+    ),
+    "add_layer_norm": (
+        lambda x, r, w, b, backend: ff.add_layer_norm(
+            x, r, w, b, dropout_p=0.2, seed=3, backend=backend
+        ),
+        lambda: [torch.randn(21, 72), torch.randn(21, 72), torch.rand(72) + 0.5, torch.randn(72)],
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_public_op_on_triton_against_the_oracle(name, dtype, triton_on_cpu):
+    call, inputs = CALLS[name]
+    torch.manual_seed(0)
+    tensors = [t.to(dtype) for t in inputs()]
+    results = []
+    runs = (("triton", dtype), ("reference", torch.float64), ("reference", dtype))
+    with ff.explain() as decisions:
+        for backend, precision in runs:
+            torch.manual_seed(1)
+            leaves = [t.to(precision, copy=True).requires_grad_() for t in tensors]
+            out = call(*leaves, backend)
+            weight = torch.randn(out.shape, dtype=torch.float64)
+            results.append((out, *torch.autograd.grad((out * weight).sum(), leaves)))
+    assert decisions.decisions[0].backend == "triton"
+    for i, (a, e, low) in enumerate(zip(*results, strict=True)):
+        assert_close_to_reference(a, e, low, factor=3 if i else 2, name=f"{name}, result {i}")
+
+
+INTERPRETED = """
+import torch, fuseformer as ff
+from torch.library import opcheck
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+ops = torch.ops.fuseformer
+none = None
+q, k, v = leaf(1, 2, 17, 16), leaf(1, 1, 20, 16), leaf(1, 1, 20, 16)
+opcheck(ops.attention.default, (q, k, v, none, none, none, none, none, torch.tensor(3),
+        "top_left", -1, -1, 0.0, 0.25, 0.1, "triton"))
+opcheck(ops.feed_forward.default, (leaf(17, 16), leaf(32, 16), leaf(32), leaf(16, 32), leaf(16),
+        none, "gelu", 0.0, {saves_pre}, "triton"))
+opcheck(ops.add_layer_norm.default, (leaf(9, 16), leaf(9, 16), leaf(16), leaf(16), none, 1e-5, 0.0,
+        "triton"))
+opcheck(ops.linear_cross_entropy.default, (leaf(9, 16), leaf(12, 16), none,
+        torch.arange(9), -100, 0.0, 0.0, "mean", True, "triton"))
+
+@torch.compile(fullgraph=True, backend="aot_eager")
+def attend(q, k, v):
+    return ff.attention(q, k, v, causal=True, backend="triton")
+
+expected = ff.attention(q, k, v, causal=True, backend="reference")
+torch.testing.assert_close(attend(q, k, v), expected)
+gradients = torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
+for a, b in zip(gradients, torch.autograd.grad(expected.sum(), (q, k, v))):
+    torch.testing.assert_close(a, b)
+print("interpreted")
+"""
+
+
+def test_custom_ops_around_triton_kernels_pass_opcheck_and_compile():
+    from fuseformer.kernels.feed_forward import saves_pre
+
+    code = INTERPRETED.format(saves_pre=saves_pre(16, 16, torch.float32))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "interpreted" in done.stdout
