@@ -1,1 +1,0 @@
-"""The reference Transformer: encoder-decoder, masked LM and causal LM from the same blocks."""
