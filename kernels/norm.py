@@ -30,14 +30,14 @@ _BACKWARD_PROGRAMS = 512
 def row_config(width: int) -> tuple[int, int, int]:
     """Return (ROWS, BLOCK_N, warps) for rows of `width` values; raise `ValueError` if too wide.
 
-    A thread owns 16 values of a tile. Beyond 4096 columns a single row fills a program, 8 values to
-    a thread: its two column sums take the other registers.
+    A thread owns 8 values of a pair of rows, 16 in the widest; beyond 4096 columns 32 values of a
+    single row, since a thread of 8 warps may use twice the registers of one of 16.
     """
     if width > MAX_WIDTH:
         raise ValueError(f"x: got width {width}, expected at most {MAX_WIDTH} for the Triton norm")
     block_n = max(32, triton.next_power_of_2(width))
     rows = 2 if block_n <= 4096 else 1
-    return rows, block_n, max(1, rows * block_n // 512) if rows == 2 else block_n // 256
+    return rows, block_n, max(1, min(16, block_n // 128)) if rows == 2 else block_n // 1024
 
 
 # ------------------------------------------------------------------------------------------------
@@ -70,11 +70,14 @@ def _row_keep(seed, rows, threshold, BLOCK_N: tl.constexpr):
         tl.full((BLOCK_N // 4,), 1, tl.uint32),
         tl.full((BLOCK_N // 4,), 0, tl.uint32),
     )  # (BLOCK_N / 4,) each
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    words = tl.reshape(words, (BLOCK_N // 32, 8, 2, 2))  # (cols / 32, col % 8, bit 1, bit 0)
-    words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (BLOCK_N,))
-    halves = (rows // 8 % 2 * 16).to(tl.uint32)  # (ROWS,)
-    return ((words[None, :] >> halves[:, None]) & 0xFFFF) >= threshold
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BLOCK_N / 4, 2, 2)
+    # Decided before they are put in order: one byte travels per column instead of four.
+    low = ((words & 0xFFFF) >= threshold).to(tl.uint8)
+    high = ((words >> 16) >= threshold).to(tl.uint8)
+    keeps = tl.reshape(low | (high << 1), (BLOCK_N // 32, 8, 2, 2))  # (.., col % 8, bit 1, bit 0)
+    keeps = tl.reshape(tl.permute(keeps, (0, 2, 3, 1)), (BLOCK_N,))
+    halves = (rows // 8 % 2).to(tl.uint8)  # (ROWS,)
+    return ((keeps[None, :] >> halves[:, None]) & 1) != 0
 
 
 @triton.jit
@@ -133,7 +136,6 @@ def add_layer_norm_gradient_kernel(
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     real = columns < WIDTH
-    weight = _load_rows(weight_ptr, columns, real)  # (BLOCK_N,)
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
     seed = 0
@@ -147,23 +149,23 @@ def add_layer_norm_gradient_kernel(
         rstd = tl.load(rstd_ptr + rows, mask=rows < tokens, other=0.0)  # (ROWS,)
         dy = _load_rows(dy_ptr, offsets, inside)  # (ROWS, BLOCK_N)
         total = _load_rows(x_ptr, offsets, inside)  # (ROWS, BLOCK_N)
-        factors = 1.0
         if seed_ptr is not None:
             keep = _row_keep(seed, rows, threshold, BLOCK_N)
-            factors = tl.where(keep, dropout_scale, 0.0)  # (ROWS, BLOCK_N)
-            total *= factors
+            total = tl.where(keep, total * dropout_scale, 0.0)
         total += _load_rows(residual_ptr, offsets, inside)
         # Past the last row dy is 0, and with it all that follows; past the last column too.
         normal = (total - mean[:, None]) * rstd[:, None]  # (ROWS, BLOCK_N)
         dweight += tl.sum(dy * normal, 0)
         dbias += tl.sum(dy, 0)
-        dnormal = dy * weight[None, :]  # (ROWS, BLOCK_N)
+        # Loaded anew for every item: the cache has room for it, the registers have none.
+        dnormal = dy * _load_rows(weight_ptr, columns, real)[None, :]  # (ROWS, BLOCK_N)
         along = tl.sum(dnormal * normal, 1) / WIDTH  # (ROWS,)
         shift = tl.sum(dnormal, 1) / WIDTH  # (ROWS,)
         dtotal = (dnormal - normal * along[:, None] - shift[:, None]) * rstd[:, None]
         tl.store(dresidual_ptr + offsets, dtotal.to(dx_ptr.dtype.element_ty), mask=inside)
-        dx = dtotal * factors  # (ROWS, BLOCK_N)
-        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if seed_ptr is not None:
+            dtotal = tl.where(keep, dtotal * dropout_scale, 0.0)
+        tl.store(dx_ptr + offsets, dtotal.to(dx_ptr.dtype.element_ty), mask=inside)
     partial = program.to(tl.int64) * WIDTH + columns  # (BLOCK_N,)
     tl.store(dweight_ptr + partial, dweight, mask=real)
     if dbias_ptr is not None:
