@@ -1,0 +1,1 @@
+"""The reference Transformer, built of packed blocks on the fused ops."""
