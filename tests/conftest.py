@@ -11,18 +11,20 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def triton_on_cpu() -> Iterator[None]:
     """Execute every Triton launch on the CPU, out-of-bounds accesses and races being failures.
 
     Triton is patched for the whole process while the session is open, and `choose_backend` takes
-    the "triton" backend for CPU tensors where it is asked for by name.
+    the "triton" backend for CPU tensors where it is asked for by name. The session also leaves a
+    `torch.cuda` behind that claims a GPU, which `torch.compile` believes: it is put back here.
     """
+    import torch
     from ttsem import sanitize
 
     from fuseformer import backends
 
-    served = set(backends.TRITON_DEVICES)
+    served, cuda = set(backends.TRITON_DEVICES), dict(vars(torch.cuda))
     with sanitize.session(80, "<pytest>", cuda_is_cpu=False, races="raise"):
         backends.TRITON_DEVICES.add("cpu")
         try:
@@ -30,3 +32,4 @@ def triton_on_cpu() -> Iterator[None]:
         finally:
             backends.TRITON_DEVICES.clear()
             backends.TRITON_DEVICES.update(served)
+            vars(torch.cuda).update(cuda)
