@@ -197,7 +197,6 @@ def _launch_forward(
         arguments,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        maxnreg=tiles.registers,
     )
 
 
@@ -314,9 +313,8 @@ def _representative_call(
 
     seed = meta(dtype=torch.int64) if dropout_p else None
     options = (seed, causal, -1, -1, 0.0, 0.125, dropout_p)
-    if kind in ("packed", "grouped"):
-        kv_heads = 4 if kind == "packed" else 2
-        q, k, boundaries = meta(4096, 4, dim), meta(4096, kv_heads, dim), meta(5, dtype=torch.int32)
+    if kind == "packed":
+        q, k, boundaries = meta(4096, 4, dim), meta(4096, 2, dim), meta(5, dtype=torch.int32)
         sequences = (boundaries, boundaries, 2048, 2048, None, None)
         out, lse = varlen_attention_forward(q, k, k, *sequences, *options)
         varlen_attention_backward(out, lse, q, k, k, out, lse, *sequences, *options)

@@ -9,8 +9,7 @@ class Tiles(NamedTuple):
     """A config: the tile of a program, the part of it that a masked step takes, and the compiler's.
 
     `edge` divides the side that a program walks along (BLOCK_N, in the dk/dv pass BLOCK_M): masks
-    need registers, and smaller steps at the diagonal waste less. `registers` bounds those of a
-    thread where ptxas, left alone, would spill to fit one more program on a multiprocessor.
+    need registers, and smaller steps at the diagonal waste less.
     """
 
     block_m: int
@@ -18,7 +17,6 @@ class Tiles(NamedTuple):
     edge: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
 _FORWARD = {
