@@ -2,10 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fuseformer.models.blocks import Sequences, sinusoidal_positions
+from fuseformer.models.blocks import sinusoidal_positions
 from fuseformer.models.causal_lm import CausalLM
 from fuseformer.models.config import ModelConfig
 from fuseformer.models.generation import generate, restrict
+from fuseformer.models.sequences import Sequences
 
 CONFIG = ModelConfig(vocab_size=50, width=16, heads=2, layers=2, hidden=24, max_length=20)
 

@@ -1,13 +1,32 @@
-"""Continuing prompts: greedy, or drawn with temperature, top-k and top-p."""
+"""Continuing prompts, or answering sources: greedy, or drawn with temperature, top-k and top-p."""
 
-import itertools
 import math
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .blocks import Sequences
-from .causal_lm import CausalLM
+from .cache import Cache
+from .modes import evaluating
+
+
+class GenerativeModel(Protocol):
+    """What generation asks of an `nn.Module`; `CausalLM` and `EncoderDecoder` serve it."""
+
+    def start(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, start_id: int | None = None
+    ) -> tuple[Tensor, Cache]:
+        """Read `prompts`; return the hidden states (N, width) that the first new tokens come from.
+
+        The cache that comes with them has room for `new_tokens` more in each sequence.
+        """
+
+    def step(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """Read one token a sequence, (N,); return the hidden states (N, width) behind them."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the scores (N, vocab_size) of the next token for `hidden` (N, width)."""
 
 
 def restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -41,10 +60,11 @@ def _check(temperature: float, top_k: int | None, top_p: float | None) -> None:
 
 
 def generate(
-    model: CausalLM,
-    prompts: list[list[int]],
+    model: GenerativeModel,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
+    start_id: int | None = None,
     end_id: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -53,25 +73,19 @@ def generate(
 ) -> list[list[int]]:
     """Return the continuation of each prompt, without the prompt and without `end_id`.
 
-    A `temperature` of 0 takes the likeliest token. Each continuation ends at `end_id` or after
-    `max_new_tokens`. The model keeps its training mode, and draws no dropout meanwhile. Raises
-    `ValueError` for an empty prompt, a sequence too long for the model, or options out of range.
+    `model` is a `CausalLM`, or an `EncoderDecoder`, whose prompts are sources and whose targets
+    begin with `start_id`. A `temperature` of 0 takes the likeliest token. Each continuation ends at
+    `end_id` or after `max_new_tokens`. The model keeps its training mode, and draws no dropout
+    meanwhile. Raises `ValueError` for an empty prompt of a `CausalLM`, a missing or needless
+    `start_id`, a sequence too long for the model, or options out of range.
     """
     _check(temperature, top_k, top_p)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    device = model.embedding.tokens.weight.device
-    lengths = [len(prompt) for prompt in prompts]
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    input_ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])
     results: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
-    was_training = model.training
-    model.eval()
-    try:
-        where = Sequences(cu_seqlens, max(lengths))
-        hidden, cache = model.prefill(input_ids.long(), positions, where, max_new_tokens)
+    with evaluating(cast(nn.Module, model)), torch.no_grad():
+        hidden, cache = model.start(prompts, max_new_tokens, start_id)
         for count in range(max_new_tokens):
             logits = model.logits(hidden)  # (N, V)
             if temperature == 0:
@@ -86,6 +100,4 @@ def generate(
             if not any(running) or count + 1 == max_new_tokens:
                 break
             hidden = model.step(chosen, cache)
-    finally:
-        model.train(was_training)
     return results
