@@ -72,8 +72,12 @@ def feed_forward_backward(
     has_b2: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Return the gradients of x, w1, b1, w2 and b2; those of absent biases are None."""
-    dw2 = dy.T @ _hidden(pre, seed, activation, dropout_p)
-    dpre = _activation_gradient_(_drop_(dy @ w2, dropout_p, seed), pre, activation)
+    hidden = _hidden(pre, seed, activation, dropout_p)
+    dw2 = dy.T @ hidden
+    # The recomputed activation is as large as its gradient and no longer needed: fresh memory would
+    # cost more in page faults than the activation costs in arithmetic.
+    dhidden = torch.mm(dy, w2) if hidden is pre else torch.mm(dy, w2, out=hidden)
+    dpre = _activation_gradient_(_drop_(dhidden, dropout_p, seed), pre, activation)
     db1 = None if b1 is None else dpre.sum(0)
     return dpre @ w1, dpre.T @ x, db1, dw2, dy.sum(0) if has_b2 else None
 
@@ -98,8 +102,9 @@ def gated_feed_forward_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, w_gate, w_up and w_down."""
     gate = apply_activation(gate_pre, activation)
-    dw_down = dy.T @ (gate * up)
-    dhidden = dy @ w_down
-    dgate = _activation_gradient_(dhidden * up, gate_pre, activation)
-    dup = dhidden.mul_(gate)
+    hidden = gate * up
+    dw_down = dy.T @ hidden
+    dhidden = torch.mm(dy, w_down, out=hidden)  # in the memory of what is no longer needed
+    dup = gate.mul_(dhidden)
+    dgate = _activation_gradient_(dhidden.mul_(up), gate_pre, activation)
     return torch.addmm(dgate @ w_gate, dup, w_up), dgate.T @ x, dup.T @ x, dw_down
