@@ -38,7 +38,12 @@ class Embedding(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.tokens.weight, std=config.width**-0.5)
         self.dropout = nn.Dropout(config.dropout)
-        table = sinusoidal_positions(config.max_length, config.width)
+        self.max_length = config.max_length
+        self.fill_positions()
+
+    def fill_positions(self) -> None:
+        """Compute the table of positions, which checkpoints do not hold."""
+        table = sinusoidal_positions(self.max_length, self.tokens.embedding_dim)
         self.register_buffer("positions", table, persistent=False)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
