@@ -13,6 +13,8 @@ and the element is kept where the 16-bit number is at least ``round(p * 65536)``
 Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,52 +49,57 @@ def philox_4x32(
     k0, k1 = seed & _LOW_WORD, (seed >> 32) & _LOW_WORD
     for _ in range(_ROUNDS):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = ((product1 >> 32) & _LOW_WORD) ^ (c1 ^ k0)
-        c2 = ((product0 >> 32) & _LOW_WORD) ^ (c3 ^ k1)
-        c1, c3 = product1 & _LOW_WORD, product0 & _LOW_WORD
+        # What is above 32 bits in c1 and c3 goes with the one mask behind the exclusive ors.
+        c0 = (product1 >> 32).bitwise_xor(c1 ^ k0).bitwise_and_(_LOW_WORD)
+        c2 = (product0 >> 32).bitwise_xor(c3 ^ k1).bitwise_and_(_LOW_WORD)
+        c1, c3 = product1, product0
         k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _LOW_WORD, (k1 + _KEY_INCREMENTS[1]) & _LOW_WORD
-    return c0, c1, c2, c3
+    return c0, c1 & _LOW_WORD, c2, c3 & _LOW_WORD
 
 
 def keep_mask(
     seed: Tensor,
     p: float,
-    batches: range,
-    heads: range,
+    batches: Sequence[int],
+    heads: Sequence[int],
     rows: range,
     columns: int,
 ) -> Tensor:
     """Return which elements dropout with probability `p` keeps.
 
-    `seed` is an int64 scalar tensor and its device is the result's; `batches`, `heads` and `rows`
-    are ranges of step 1, the columns are ``0 .. columns - 1``. The result is a bool tensor of shape
-    (len(batches), len(heads), len(rows), columns), True where the element survives.
+    `seed` is an int64 scalar tensor and its device is the result's; `batches` and `heads` are any
+    numbers, `rows` is a range of step 1, the columns are ``0 .. columns - 1``. The result is a bool
+    tensor of shape (len(batches), len(heads), len(rows), columns), True where the element survives.
     """
+    device = seed.device
     first = rows.start // 16
     groups = -(-rows.stop // 16) - first if len(rows) else 0
     column_groups = -(-columns // 32)
-    shape = (len(batches), len(heads), groups, 2, 8, column_groups, 4, 8)
-    keep = torch.empty(shape, dtype=torch.bool, device=seed.device)
+    lead = (len(batches), len(heads), groups)
+    keep = torch.empty((*lead, 2, 8, column_groups, 4, 8), dtype=torch.bool, device=device)
     if keep.numel():
         threshold = dropout_threshold(p)
-        column = torch.arange(column_groups * 8, device=seed.device).view(column_groups, 8)
+        column = torch.arange(column_groups * 8, device=device).view(column_groups, 8)
+        # Small tiles of many batches and heads go through the generator together.
+        batch = torch.tensor(batches, device=device)[:, None, None].expand(lead).flatten()
+        head = torch.tensor(heads, device=device)[:, None].expand(lead).flatten()
+        row = torch.arange(first * 8, (first + groups) * 8, device=device).view(groups, 8)
+        row = row.expand(*lead, 8).reshape(-1, 8)
+        flat = keep.flatten(0, 2)
         step = max(1, _COUNTERS_PER_BLOCK // (column_groups * 64))
-        for b, batch in enumerate(batches):
-            for h, head in enumerate(heads):
-                for start in range(0, groups, step):
-                    stop = min(start + step, groups)
-                    row = torch.arange((first + start) * 8, (first + stop) * 8, device=seed.device)
-                    words = philox_4x32(
-                        seed,
-                        column,
-                        row.view(-1, 8, 1, 1),
-                        torch.tensor(head, device=seed.device),
-                        torch.tensor(batch, device=seed.device),
-                    )
-                    block = keep[b, h, start:stop]  # (rows / 16, 2, 8, columns / 32, 4, 8)
-                    for index, word in enumerate(words):  # (rows / 16, 8, columns / 32, 8)
-                        torch.ge(word & 0xFFFF, threshold, out=block[:, 0, :, :, index])
-                        torch.ge(word >> 16, threshold, out=block[:, 1, :, :, index])
+        for start in range(0, len(flat), step):
+            part = slice(start, start + step)
+            words = philox_4x32(
+                seed,
+                column,
+                row[part, :, None, None],
+                head[part, None, None, None],
+                batch[part, None, None, None],
+            )
+            block = flat[part]  # (tiles, 2, 8, columns / 32, 4, 8)
+            for index, word in enumerate(words):  # (tiles, 8, columns / 32, 8)
+                torch.ge(word & 0xFFFF, threshold, out=block[:, 0, :, :, index])
+                torch.ge(word >> 16, threshold, out=block[:, 1, :, :, index])
     keep = keep.view(len(batches), len(heads), groups * 16, column_groups * 32)
     skipped = rows.start - first * 16
     return keep[:, :, skipped : skipped + len(rows), :columns]

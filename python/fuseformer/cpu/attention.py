@@ -1,6 +1,7 @@
 """Attention on the CPU: PyTorch's flash routine, or row blocks of plain maths."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class _Options(NamedTuple):
     softcap: float
     scale: float
     dropout_p: float
-    first_batch: int = 0
+    batches: Sequence[int] | None = None
 
 
 def _served_by_flash(q: Tensor, sk: int, options: _Options) -> bool:
@@ -126,7 +127,7 @@ def _dropout_factors(
     if options.dropout_p == 0:
         return None
     assert options.seed is not None
-    batches = range(options.first_batch, options.first_batch + batch)
+    batches = range(batch) if options.batches is None else options.batches
     keep = keep_mask(options.seed, options.dropout_p, batches, range(heads), rows, columns.stop)
     return keep[..., columns.start :] * dropout_scale(options.dropout_p)
 

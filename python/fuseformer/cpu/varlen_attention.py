@@ -2,11 +2,60 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attention import _backward, _forward, _Options
+
+# Sequences whose lengths differ by less share a batch where dropout is drawn: a patch of its
+# generator has 16 rows and 32 columns, so that a finer step would save nothing.
+_LENGTH_STEP = 32
+
+
+class _Group(NamedTuple):
+    """Sequences that are computed together, as a dense batch: their numbers, and their rows.
+
+    `rows` (N, L) are rows of the packed tensor, `real` (N, L) tells them from padding; None where
+    nothing is padded. `columns` are the keys' rows, `key_lengths` (N,) int32 where keys are padded.
+    """
+
+    numbers: list[int]
+    rows: Tensor
+    real: Tensor | None
+    columns: Tensor
+    real_columns: Tensor | None
+    key_lengths: Tensor | None
+
+
+def _indices(starts: list[int], numbers: list[int], length: int) -> tuple[Tensor, Tensor | None]:
+    """Return the rows (N, length) of some sequences, the last one repeated, and which are real."""
+    begin = torch.tensor([starts[n] for n in numbers])[:, None]
+    end = torch.tensor([starts[n + 1] for n in numbers])[:, None]
+    rows = begin + torch.arange(length)
+    real = rows < end
+    return torch.minimum(rows, end - 1), None if bool(real.all()) else real
+
+
+def _groups(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: _Options) -> Iterator[_Group]:
+    """Yield the sequences in groups of alike length, padded by less than `_LENGTH_STEP` rows.
+
+    Short sequences by themselves would cost more in calls than in arithmetic.
+    """
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    # With the last query at the last key, the diagonal depends on both lengths.
+    step = 1 if options.causal == "bottom_right" else _LENGTH_STEP
+    alike: dict[tuple[int, int], list[int]] = {}
+    for n in range(len(starts_q) - 1):
+        sizes = (starts_q[n + 1] - starts_q[n], starts_k[n + 1] - starts_k[n])
+        sq, sk = (-(-size // step) * step for size in sizes)
+        alike.setdefault((sq, sk), []).append(n)
+    for (sq, sk), numbers in alike.items():
+        rows, real = _indices(starts_q, numbers, sq)
+        columns, real_columns = _indices(starts_k, numbers, sk)
+        lengths = None if real_columns is None else real_columns.sum(1, dtype=torch.int32)
+        yield _Group(numbers, rows, real, columns, real_columns, lengths)
 
 
 def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -28,6 +77,23 @@ def _check(name: str, cu_seqlens: Tensor, total: int) -> None:
 
 def _one(x: Tensor, rows: slice) -> Tensor:
     return x[rows].transpose(0, 1)[None]  # (1, H, S, D)
+
+
+def _batch(x: Tensor, rows: Tensor, real: Tensor | None = None) -> Tensor:
+    """Return rows (N, L) of `x` (T, H, ...) as (N, H, L, ...), zeros in those that are not real."""
+    batch = x[rows]
+    if real is not None:
+        batch[~real] = 0
+    return batch.transpose(1, 2)
+
+
+def _put(x: Tensor, rows: Tensor, real: Tensor | None, batch: Tensor) -> None:
+    """Write the real rows of `batch` (N, H, L, ...) where they belong in `x` (T, H, ...)."""
+    values = batch.transpose(1, 2)
+    if real is None:
+        x[rows] = values
+    else:
+        x[rows[real]] = values[real]
 
 
 def varlen_attention_forward(
@@ -59,10 +125,19 @@ def varlen_attention_forward(
     options = _Options(
         None, None, None, alibi_slopes, sinks, seed, causal, window, softcap, scale, dropout_p
     )
-    for n, (rows, columns) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):
-        part, part_lse = _forward(
-            _one(q, rows), _one(k, columns), _one(v, columns), options._replace(first_batch=n)
-        )
+    if dropout_p:
+        for group in _groups(cu_seqlens_q, cu_seqlens_k, options):
+            part, part_lse = _forward(
+                _batch(q, group.rows),
+                _batch(k, group.columns),
+                _batch(v, group.columns),
+                options._replace(batches=group.numbers, key_lengths=group.key_lengths),
+            )
+            _put(out, group.rows, group.real, part)
+            _put(lse.T, group.rows, group.real, part_lse)
+        return out, lse
+    for rows, columns in _sequences(cu_seqlens_q, cu_seqlens_k):
+        part, part_lse = _forward(_one(q, rows), _one(k, columns), _one(v, columns), options)
         out[rows] = part[0].transpose(0, 1)
         lse[:, rows] = part_lse[0]
     return out, lse
@@ -97,7 +172,26 @@ def varlen_attention_backward(
     options = _Options(
         None, None, None, alibi_slopes, sinks, seed, causal, window, softcap, scale, dropout_p
     )
-    for n, (rows, columns) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):
+    if dropout_p:
+        for group in _groups(cu_seqlens_q, cu_seqlens_k, options):
+            parts = _backward(
+                _batch(dout, group.rows, group.real),
+                None if dlse is None else _batch(dlse.T, group.rows, group.real),
+                _batch(q, group.rows),
+                _batch(k, group.columns),
+                _batch(v, group.columns),
+                _batch(out, group.rows),
+                _batch(lse.T, group.rows),
+                options._replace(batches=group.numbers, key_lengths=group.key_lengths),
+                False,
+            )
+            _put(dq, group.rows, group.real, parts[0])
+            _put(dk, group.columns, group.real_columns, parts[1])
+            _put(dv, group.columns, group.real_columns, parts[2])
+            if dsinks is not None and parts[4] is not None:
+                dsinks += parts[4]
+        return dq, dk, dv, dsinks
+    for rows, columns in _sequences(cu_seqlens_q, cu_seqlens_k):
         parts = _backward(
             _one(dout, rows),
             None if dlse is None else dlse[None, :, rows],
@@ -106,7 +200,7 @@ def varlen_attention_backward(
             _one(v, columns),
             _one(out, rows),
             lse[None, :, rows],
-            options._replace(first_batch=n),
+            options,
             False,
         )
         for whole, part, where in (
