@@ -170,6 +170,11 @@ def _launch_rows(
     launch(cross_entropy_kernel, (rows,), arguments, num_warps=num_warps, num_stages=2)
 
 
+def _capturing(target: Tensor) -> bool:
+    """Return whether work on `target` is recorded into a CUDA graph, where nothing may be read."""
+    return target.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class _Rows:
     """The rows that count, a chunk at a time; all rows while a CUDA graph is captured.
 
@@ -180,7 +185,7 @@ class _Rows:
         self.target = target
         self.index: Tensor | None = None
         supervised = target != ignore_index
-        if target.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _capturing(target):
             self.count: Tensor | int = supervised.sum()
             self.size = target.shape[0]
             return
