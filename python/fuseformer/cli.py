@@ -1,59 +1,159 @@
-"""The command `fuseformer`."""
+"""The command `fuseformer`: what each command takes; the work is done in `tuning`.
+
+What needs the packages of the extra [tune] is imported when a command runs, so that `fuseformer
+info` works without them.
+"""
 
 import argparse
-import importlib.metadata
-import platform
+import os
 import sys
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from ._version import __version__
-from .backends import BACKENDS, Request, refusal
+from .info import describe
+from .tuning.recipe import Recipe, add_flags, flags_given, merged, read_recipe
 
-_PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "sacrebleu", "rouge-score")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+Command = Callable[[argparse.Namespace], str]
 
 
-def describe() -> str:
-    """Return versions, devices, and which backends can run attention on each device and why not."""
-    lines = [f"fuseformer {__version__}, Python {platform.python_version()}, {platform.platform()}"]
-    lines += [f"  {package:12} {_version(package)}" for package in _PACKAGES]
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            lines.append(
-                f"  cuda:{index}       {torch.cuda.get_device_name(index)} sm_{major}{minor}"
-            )
-    for device in devices:
-        lines.append(f"backends for {device} tensors (attention, bfloat16, head dim 64):")
-        request = Request("attention", device, torch.bfloat16, head_dim=64)
-        for backend in BACKENDS:
-            reason = refusal(backend, request)
-            lines.append(f"  {backend:12} {'can run' if reason is None else 'no: ' + reason}")
-    return "\n".join(lines)
+def _recipe_and_given(arguments: argparse.Namespace) -> tuple[Recipe, Mapping[str, Any]]:
+    """Return the recipe of file and flags, and the fields that either of them set."""
+    recipe, given = Recipe(), flags_given(arguments)
+    if arguments.recipe is not None:
+        recipe, from_file = read_recipe(arguments.recipe)
+        given = from_file | given
+    return merged(recipe, given, "flags"), given
+
+
+def _pretrain(arguments: argparse.Namespace) -> str:
+    from .tuning.commands import pretrain
+
+    outcome = pretrain(*_recipe_and_given(arguments), arguments.output, arguments.resume)
+    return "" if outcome.interrupted else f"saved {outcome.checkpoint}"
+
+
+def _tune(arguments: argparse.Namespace) -> str:
+    from .tuning.commands import tune
+
+    outcome = tune(
+        *_recipe_and_given(arguments), arguments.output, arguments.resume, arguments.model
+    )
+    return "" if outcome.interrupted else f"saved {outcome.checkpoint}"
+
+
+def _evaluate(arguments: argparse.Namespace) -> str:
+    from .tuning.commands import evaluate_run
+
+    return evaluate_run(
+        arguments.model,
+        arguments.records,
+        limit=arguments.limit,
+        max_new_tokens=arguments.max_new_tokens,
+        output=arguments.json,
+        device=arguments.device,
+    )
+
+
+def _generate(arguments: argparse.Namespace) -> str:
+    from .tuning.commands import generate_text
+
+    names = ("prompt", "instruction", "input", "max_new_tokens", "temperature", "top_k", "top_p")
+    options = {name: getattr(arguments, name) for name in (*names, "seed", "device")}
+    return generate_text(arguments.model, **options)
+
+
+def _demo(arguments: argparse.Namespace) -> str:
+    from .tuning.demo import run_demo
+
+    return run_demo(arguments.output, quick=arguments.quick)
+
+
+def _info(arguments: argparse.Namespace) -> str:
+    return describe()
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--recipe", type=Path, help="TOML file of recipe fields")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --output, its recipe included"
+    )
+    add_flags(parser, Recipe())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fuseformer", description="Fused ops for PyTorch Transformers, and models on them."
+    )
+    parser.add_argument("--version", action="version", version=f"fuseformer {__version__}")
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where an error comes from, not its line only"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Command, help: str) -> argparse.ArgumentParser:
+        own = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        own.set_defaults(run=run)
+        return own
+
+    command("info", _info, "versions, devices, which backends can run here and why others cannot")
+
+    own = command("pretrain", _pretrain, "train a new model on plain text")
+    _add_training(own)
+
+    own = command("tune", _tune, "train a checkpoint, or a new model, on instruction records")
+    own.add_argument("--model", type=Path, help="run or checkpoint to start from")
+    _add_training(own)
+
+    own = command("evaluate", _evaluate, "judge a run by what it has not seen")
+    own.add_argument("model", type=Path, metavar="RUN", help="run or checkpoint")
+    own.add_argument(
+        "--records", type=Path, nargs="*", default=[], help="JSONL files instead of the run's own"
+    )
+    own.add_argument("--limit", type=int, help="answers to write for each open task")
+    own.add_argument("--max-new-tokens", type=int, default=40)
+    own.add_argument("--json", type=Path, help="write the metrics to this file")
+    own.add_argument("--device", default="auto")
+
+    own = command("generate", _generate, "let a run continue a prompt or answer an instruction")
+    own.add_argument("model", type=Path, metavar="RUN", help="run or checkpoint")
+    own.add_argument("prompt", nargs="?", help="text to continue (default: standard input)")
+    own.add_argument("--instruction", help="instruction to answer, in the template of tuning")
+    own.add_argument("--input", default="", help="what the instruction is about")
+    own.add_argument("--max-new-tokens", type=int, default=60)
+    own.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    own.add_argument("--top-k", type=int, help="draw from the K likeliest tokens")
+    own.add_argument("--top-p", type=float, help="draw from the likeliest tokens that add up to P")
+    own.add_argument("--seed", type=int, default=0)
+    own.add_argument("--device", default="auto")
+
+    own = command("demo", _demo, "pretrain, tune, judge and report, in minutes on a CPU")
+    own.add_argument("--output", type=Path, default=Path("demo"), help="folder (default: demo)")
+    own.add_argument("--quick", action="store_true", help="a tiny run that shows the way only")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="fuseformer", description="Fused ops for PyTorch Transformers."
-    )
-    parser.add_argument("--version", action="version", version=f"fuseformer {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
-        "info", help="versions, devices, and which backends can run here and why others cannot"
-    )
-    parser.parse_args(arguments)
-    print(describe())
+    """Run the command line; return the exit status, 2 for what the user can mend."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        text = parsed.run(parsed)
+    except BrokenPipeError:  # the reader of the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if parsed.traceback:
+            raise
+        remedy = ""
+        if isinstance(error, ModuleNotFoundError):
+            remedy = '; install what tuning needs with: pip install "fuseformer[tune]"'
+        message = " ".join(str(error).split())
+        print(f"fuseformer {parsed.command}: {message}{remedy}", file=sys.stderr)
+        return 2
+    if text:
+        print(text)
     return 0
 
 

@@ -1,0 +1,284 @@
+"""What the commands `pretrain`, `tune`, `evaluate` and `generate` do with their arguments."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fuseformer.files import write_atomically
+from fuseformer.models.config import ModelConfig
+from fuseformer.models.modes import evaluating
+from fuseformer.tuning.batches import PackedSampler
+from fuseformer.tuning.corpora import read_documents
+from fuseformer.tuning.dataset import build_split
+from fuseformer.tuning.evaluation import evaluate
+from fuseformer.tuning.instructions import (
+    DEFAULT_TEMPLATE,
+    IGNORE_INDEX,
+    Record,
+    read_records,
+)
+from fuseformer.tuning.language_model import TunedModel
+from fuseformer.tuning.metrics import perplexity
+from fuseformer.tuning.objectives import Objective, make_objective
+from fuseformer.tuning.recipe import Recipe, differences, merged
+from fuseformer.tuning.runs import Run, load_tuned
+from fuseformer.tuning.splitting import is_held_out, normalised
+from fuseformer.tuning.tokenizer import Tokenizer
+from fuseformer.tuning.train import Outcome, resolve_device, train
+
+_MODEL_FIELDS = tuple(spec.name for spec in fields(ModelConfig))
+
+
+def corpus_texts(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Return the documents to pretrain on, and those kept to judge by, drawn by their content."""
+    documents = read_documents(recipe.corpus) if recipe.corpus else _made(recipe).corpus
+    parts: tuple[list[str], list[str]] = ([], [])
+    for document in documents:
+        parts[is_held_out(normalised(document.text), recipe.held_out_share)].append(document.text)
+    if not parts[0]:
+        raise ValueError("held_out_share: no document is left to train on; lower it")
+    return parts
+
+
+def _made(recipe: Recipe) -> Any:
+    return build_split(recipe.tasks, language=recipe.language, train_per_task=recipe.train_per_task)
+
+
+def training_records(recipe: Recipe) -> list[Record]:
+    """Return the records to tune on: the user's, or those made of Python's documentation."""
+    if recipe.records:
+        return [record for path in recipe.records for record in read_records(path)]
+    return _made(recipe).train
+
+
+def held_out_records(recipe: Recipe) -> list[Record]:
+    """Return the records to judge by; raises `ValueError` where a run names none."""
+    if recipe.held_out:
+        return [record for path in recipe.held_out for record in read_records(path)]
+    if recipe.records:
+        raise ValueError(
+            "held_out: the run was tuned on its own records and names none to judge by; pass "
+            "--records FILE"
+        )
+    return _made(recipe).held_out
+
+
+def new_model(recipe: Recipe, tokenizer: Tokenizer) -> nn.Module:
+    """Return a model of the recipe's kind and sizes, its weights drawn from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    return make_objective(recipe, tokenizer).new_model(
+        recipe.model_config(vocab_size=tokenizer.vocab_size)
+    )
+
+
+def with_model_sizes(recipe: Recipe, model: Any, given: Mapping[str, Any] | None = None) -> Recipe:
+    """Return `recipe` with the sizes of a loaded model; raises `ValueError` where `given` differ.
+
+    `vocab_size` is what a new vocabulary would get and is taken over without a word.
+    """
+    sizes = {name: getattr(model.config, name) for name in _MODEL_FIELDS}
+    for name, value in (given or {}).items():
+        if name != "vocab_size" and sizes.get(name, value) != value:
+            raise ValueError(f"{name}: got {value}, but the model has {sizes[name]}")
+    return replace(recipe, **sizes)
+
+
+def _reopen(folder: Path, given: Mapping[str, Any]) -> tuple[Run, Recipe, Path, Any, Tokenizer]:
+    """Return a run to go on with, its recipe, newest checkpoint, model and tokenizer."""
+    run = Run(folder)
+    checkpoint = run.latest()
+    recipe = run.recipe
+    changed = differences(recipe, merged(recipe, given, "flags"))
+    if changed:
+        raise ValueError(
+            f"{changed[0]}: a resumed run keeps its recipe, {getattr(recipe, changed[0])!r} here; "
+            "leave the flag out, or start a new run"
+        )
+    model, tokenizer, _ = load_tuned(checkpoint)
+    return run, recipe, checkpoint, model, tokenizer
+
+
+def pretrain(recipe: Recipe, given: Mapping[str, Any], folder: Path, resume: bool) -> Outcome:
+    """Train a new model on plain text, or go on with a run; return where it stopped."""
+    checkpoint = None
+    if resume:
+        run, recipe, checkpoint, model, tokenizer = _reopen(folder, given)
+        texts, _ = corpus_texts(recipe)
+    else:
+        texts, _ = corpus_texts(recipe)
+        tokenizer = Tokenizer.train(texts, recipe.vocab_size)
+        model = new_model(recipe, tokenizer)
+        run = Run.create(folder, recipe)
+    objective = make_objective(recipe, tokenizer)
+    examples = objective.from_documents(texts, recipe.max_length)
+    return train(
+        model, tokenizer, objective, examples, recipe, run, resume=checkpoint, title="pretrain"
+    )
+
+
+def tune(
+    recipe: Recipe,
+    given: Mapping[str, Any],
+    folder: Path,
+    resume: bool,
+    base: Path | None,
+) -> Outcome:
+    """Train a checkpoint, or a new model, on instruction records; return where it stopped."""
+    checkpoint = None
+    if resume:
+        run, recipe, checkpoint, model, tokenizer = _reopen(folder, given)
+        records = training_records(recipe)
+    elif base is not None:
+        model, tokenizer, _ = load_tuned(base)
+        recipe = with_model_sizes(recipe, model, given)
+        records = training_records(recipe)
+    else:
+        records = training_records(recipe)
+        texts = [t for r in records for t in (r.instruction, r.input, r.output)]
+        tokenizer = Tokenizer.train(texts, recipe.vocab_size)
+        model = new_model(recipe, tokenizer)
+    objective = make_objective(recipe, tokenizer)
+    if not isinstance(model, objective.model_class):
+        raise ValueError(
+            f"objective: {recipe.objective!r} trains a {objective.model_class.__name__}, but "
+            f"{base or folder} holds a {type(model).__name__}"
+        )
+    truncation = None if recipe.truncation == "error" else recipe.truncation
+    examples = objective.from_records(records, recipe.max_length, truncation)
+    if not resume:
+        run = Run.create(folder, recipe)
+    return train(
+        model, tokenizer, objective, examples, recipe, run, resume=checkpoint, title="tune"
+    )
+
+
+def evaluate_run(
+    path: Path,
+    records: Sequence[Path],
+    *,
+    limit: int | None,
+    max_new_tokens: int,
+    output: Path | None,
+    device: str,
+) -> str:
+    """Judge a checkpoint by held-out records; return the table, and write JSON to `output`."""
+    model, tokenizer, folder = load_tuned(path, str(resolve_device(device)))
+    recipe = _recipe_of(folder)
+    metrics: dict[str, dict[str, float]] = {}
+    if not records and not recipe.records:
+        _, texts = corpus_texts(recipe)
+        if texts:
+            objective = make_objective(recipe, tokenizer)
+            value = held_out_perplexity(model, objective, texts)
+            metrics["held-out documents"] = {"perplexity": value}
+    if recipe.objective != "masked" and not (recipe.corpus and not records):
+        held_out = (
+            [record for file in records for record in read_records(file)]
+            if records
+            else held_out_records(recipe)
+        )
+        tuned = TunedModel(model, tokenizer)
+        metrics |= evaluate(
+            tuned,
+            tokenizer,
+            held_out,
+            max_length=tuned.max_length,
+            max_new_tokens=max_new_tokens,
+            generate_limit=limit,
+            language=recipe.language,
+        ).metrics
+    if not metrics:
+        raise ValueError(
+            f"{folder}: nothing to judge by: no document was held out of its corpus; pass "
+            "--records FILE"
+        )
+    if output is not None:
+        text = json.dumps({"checkpoint": str(folder), "metrics": metrics}, indent=1) + "\n"
+        write_atomically(output, lambda file: file.write(text.encode()))
+    return metrics_table({"": metrics})
+
+
+def held_out_perplexity(model: nn.Module, objective: Objective, texts: Sequence[str]) -> float:
+    """Return the perplexity of what `objective` predicts in documents kept out of training."""
+    recipe = objective.recipe
+    examples = objective.from_documents(texts, recipe.max_length)
+    sampler = PackedSampler(
+        examples,
+        tokens_per_batch=max(recipe.tokens_per_batch, recipe.max_length),
+        max_length=recipe.max_length,
+        shuffle=False,
+    )
+    total, count = 0.0, 0
+    with evaluating(model), torch.no_grad():
+        while sampler.position < len(examples):
+            loss, targets = objective.token_losses(model, next(sampler), "sum")
+            total, count = total + float(loss), count + int((targets != IGNORE_INDEX).sum())
+    return perplexity(total, count)
+
+
+def _recipe_of(checkpoint: Path) -> Recipe:
+    """Return the recipe of the run that a checkpoint lies in, or the defaults outside of one."""
+    folder = checkpoint.parent.parent
+    return Run(folder).recipe if (folder / "recipe.toml").exists() else Recipe()
+
+
+def metrics_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Return evaluations side by side as text, a line a task and metric."""
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for title, metrics in columns.items():
+        for task, values in metrics.items():
+            for name, value in values.items():
+                rows.setdefault((task, name), {})[title] = value
+    width = max((len(f"{task} {name}") for task, name in rows), default=0)
+    lines = []
+    if any(columns):
+        lines.append(" " * width + "".join(f"{title:>12}" for title in columns))
+    for (task, name), values in rows.items():
+        cells = (f"{values[t]:12.2f}" if t in values else f"{'':12}" for t in columns)
+        lines.append(f"{f'{task} {name}':{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def generate_text(
+    path: Path,
+    *,
+    prompt: str | None,
+    instruction: str | None,
+    input: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    device: str,
+) -> str:
+    """Return what a checkpoint writes after a prompt, or in answer to an instruction."""
+    model, tokenizer, _ = load_tuned(path, str(resolve_device(device)))
+    tuned = TunedModel(model, tokenizer)
+    text = DEFAULT_TEMPLATE.prompt(instruction, input) if instruction is not None else prompt
+    if text is None:
+        text = sys.stdin.read().rstrip("\n")
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    room = tuned.max_length - max_new_tokens
+    if len(ids) > room:
+        raise ValueError(
+            f"prompt: got {len(ids)} tokens, the model of {tuned.max_length} has room for {room} "
+            f"before {max_new_tokens} new ones"
+        )
+    generator = torch.Generator(model.device).manual_seed(seed)  # type: ignore[arg-type]
+    (new,) = tuned.generate(
+        [ids],
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+    )
+    answer = tokenizer.decode(new)
+    return answer.strip() if instruction is not None else text + answer

@@ -1,0 +1,228 @@
+"""What a model learns from: how text becomes examples, and the loss of a packed batch."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from fuseformer.models.causal_lm import CausalLM
+from fuseformer.models.config import ModelConfig
+from fuseformer.models.encoder_decoder import EncoderDecoder
+from fuseformer.models.masked_lm import MaskedLM
+from fuseformer.models.sequences import Sequences, per_sequence_sum
+from fuseformer.tuning.batches import (
+    Example,
+    PackedBatch,
+    Seq2SeqBatch,
+    Seq2SeqExample,
+    causal_chunks,
+    causal_example,
+    mask_tokens,
+    masked_chunks,
+    seq2seq_example,
+)
+from fuseformer.tuning.instructions import IGNORE_INDEX, Record, encode_prompt, encode_record
+from fuseformer.tuning.recipe import Recipe
+from fuseformer.tuning.tokenizer import Tokenizer
+
+
+class Objective(Protocol):
+    """One way to learn: a kind of model, examples of text, and the loss of each token."""
+
+    recipe: Recipe
+    model_class: type[nn.Module]
+
+    def new_model(self, config: ModelConfig) -> nn.Module:
+        """Return a model of this objective's kind with fresh weights."""
+
+    def from_documents(self, texts: Sequence[str], max_length: int) -> Sequence[Any]:
+        """Return examples of plain text; raises `ValueError` where the objective cannot."""
+
+    def from_records(
+        self, records: Sequence[Record], max_length: int, truncation: str | None
+    ) -> Sequence[Any]:
+        """Return examples of instruction records; raises `ValueError` where it cannot."""
+
+    def token_losses(self, model: Any, batch: Any, reduction: str) -> tuple[Tensor, Tensor]:
+        """Return the loss, per token (T,) or their sum, and the targets (T,) it belongs to."""
+
+
+class _WithTokenizer:
+    def __init__(self, tokenizer: Tokenizer, recipe: Recipe) -> None:
+        self.tokenizer, self.recipe = tokenizer, recipe
+
+
+class CausalObjective(_WithTokenizer):
+    """Predict each token from those before it; of a record, the tokens of its answer."""
+
+    model_class: type[nn.Module] = CausalLM
+
+    def new_model(self, config: ModelConfig) -> nn.Module:
+        """Return a `CausalLM`."""
+        return CausalLM(config)
+
+    def from_documents(self, texts: Sequence[str], max_length: int) -> list[Example]:
+        """Cut documents into examples in which each token is predicted once."""
+        t = self.tokenizer
+        return causal_chunks(t.encode_batch(texts), max_length, t.bos_id, t.eos_id)
+
+    def from_records(
+        self, records: Sequence[Record], max_length: int, truncation: str | None
+    ) -> list[Example]:
+        """Lay each prompt and answer end to end, the answer supervised."""
+        # Shifting takes one token away, so that one more than the model reads may come in.
+        return [
+            causal_example(
+                *encode_record(
+                    record, self.tokenizer, max_length=max_length + 1, truncation=truncation
+                )
+            )
+            for record in records
+        ]
+
+    def token_losses(
+        self, model: CausalLM, batch: PackedBatch, reduction: str
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cross entropy of the next tokens."""
+        loss = model.loss(
+            batch.input_ids,
+            batch.positions,
+            batch.targets,
+            Sequences(batch.cu_seqlens, batch.max_seqlen),
+            reduction=reduction,
+        )
+        return loss, batch.targets
+
+
+class MaskedObjective(_WithTokenizer):
+    """Restore hidden tokens from both sides (Devlin et al. 2018, section 3.1)."""
+
+    model_class: type[nn.Module] = MaskedLM
+
+    def new_model(self, config: ModelConfig) -> nn.Module:
+        """Return a `MaskedLM`."""
+        return MaskedLM(config)
+
+    def from_documents(self, texts: Sequence[str], max_length: int) -> list[Example]:
+        """Cut documents into examples; which tokens are hidden is drawn batch by batch."""
+        t = self.tokenizer
+        return masked_chunks(t.encode_batch(texts), max_length, t.bos_id, t.eos_id)
+
+    def from_records(
+        self, records: Sequence[Record], max_length: int, truncation: str | None
+    ) -> list[Example]:
+        """Raise `ValueError`: a masked language model does not write."""
+        raise ValueError(
+            "objective: a masked language model cannot answer instructions; use causal or seq2seq"
+        )
+
+    def token_losses(
+        self, model: MaskedLM, batch: PackedBatch, reduction: str
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cross entropy of the hidden tokens; the batch's seed draws which."""
+        masked = mask_tokens(
+            batch,
+            mask_id=self.tokenizer.mask_id,
+            vocab_size=self.tokenizer.vocab_size,
+            special_ids=self.tokenizer.special_ids,
+            share=self.recipe.masked_share,
+        )
+        loss = model.loss(
+            masked.input_ids,
+            masked.positions,
+            masked.targets,
+            Sequences(masked.cu_seqlens, masked.max_seqlen),
+            reduction=reduction,
+        )
+        return loss, masked.targets
+
+
+class Seq2SeqObjective(_WithTokenizer):
+    """Read a prompt with the encoder, write its answer with the decoder."""
+
+    model_class: type[nn.Module] = EncoderDecoder
+
+    def new_model(self, config: ModelConfig) -> nn.Module:
+        """Return an `EncoderDecoder`."""
+        return EncoderDecoder(config)
+
+    def from_documents(self, texts: Sequence[str], max_length: int) -> list[Seq2SeqExample]:
+        """Make the first half of each chunk of text the source and its second half the target."""
+        t, examples = self.tokenizer, []
+        for ids in t.encode_batch(texts):
+            for start in range(0, len(ids), 2 * (max_length - 1)):
+                piece = ids[start : start + 2 * (max_length - 1)]
+                middle = len(piece) // 2
+                if middle:
+                    examples.append(
+                        seq2seq_example(piece[:middle], piece[middle:], t.bos_id, t.eos_id)
+                    )
+        return examples
+
+    def from_records(
+        self, records: Sequence[Record], max_length: int, truncation: str | None
+    ) -> list[Seq2SeqExample]:
+        """Make each prompt a source and its answer a target."""
+        t, examples = self.tokenizer, []
+        for record in records:
+            source = encode_prompt(record, t)[1:]
+            answer = encode_record(record, t)[0][len(source) + 1 : -1]
+            too_long = max(len(source), len(answer)) > max_length - 1
+            if too_long and (truncation is None or len(answer) > max_length - 1):
+                raise ValueError(
+                    f"record of task {record.task!r} has a prompt of {len(source)} and an answer "
+                    f"of {len(answer)} tokens, the model takes {max_length - 1} each; shorten it "
+                    'or ask for truncation="input"'
+                )
+            # The end of a prompt says that an answer is due, so its input loses the middle.
+            if too_long:
+                keep = max_length - 1
+                source = source[: keep - keep // 4] + source[len(source) - keep // 4 :]
+            examples.append(seq2seq_example(source, answer, t.bos_id, t.eos_id))
+        return examples
+
+    def token_losses(
+        self, model: EncoderDecoder, batch: Seq2SeqBatch, reduction: str
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cross entropy of the target tokens."""
+        loss = model.loss(
+            batch.source_ids,
+            batch.source_positions,
+            Sequences(batch.source_cu_seqlens, batch.source_max_seqlen),
+            batch.input_ids,
+            batch.positions,
+            batch.targets,
+            Sequences(batch.cu_seqlens, batch.max_seqlen),
+            reduction=reduction,
+        )
+        return loss, batch.targets
+
+
+_OBJECTIVES: dict[str, type[CausalObjective] | type[MaskedObjective] | type[Seq2SeqObjective]] = {
+    "causal": CausalObjective,
+    "masked": MaskedObjective,
+    "seq2seq": Seq2SeqObjective,
+}
+
+
+def make_objective(recipe: Recipe, tokenizer: Tokenizer) -> Objective:
+    """Return the objective that a recipe names."""
+    return _OBJECTIVES[recipe.objective](tokenizer, recipe)
+
+
+def weighted_loss(
+    objective: Objective, model: nn.Module, batch: PackedBatch, weighting: str
+) -> tuple[Tensor, float]:
+    """Return a batch's summed loss and the weight to divide it by, over all batches of a step.
+
+    With `weighting` "token" every supervised token counts alike, with "record" every sequence: the
+    sum then is of each sequence's mean, so that a one-word answer is heard as well as a sentence.
+    """
+    if weighting == "token":
+        total, targets = objective.token_losses(model, batch, "sum")
+        return total, float((targets != IGNORE_INDEX).sum())
+    losses, targets = objective.token_losses(model, batch, "none")  # (T,)
+    where = Sequences(batch.cu_seqlens, batch.max_seqlen)
+    counts = per_sequence_sum((targets != IGNORE_INDEX).to(losses.dtype), where)  # (N,)
+    means = per_sequence_sum(losses, where) / counts.clamp(min=1)  # (N,)
+    return means.sum(), float((counts > 0).sum())

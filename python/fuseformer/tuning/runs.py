@@ -1,0 +1,209 @@
+"""The folder of a run: its recipe, its log, and checkpoints that are whole or not there.
+
+::
+
+    recipe.toml                     what was asked for
+    metrics.jsonl                   one line a step
+    checkpoints/step-00000200/      a model (`models.checkpoint`), its tokenizer, and the state of
+                                    optimizer, data order and random generators
+
+A checkpoint is written under another name and renamed when every byte of it is on the disk.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fuseformer.files import sync_folder, write_atomically
+from fuseformer.models.checkpoint import load_model, save_model
+from fuseformer.tuning.recipe import Recipe, read_recipe
+from fuseformer.tuning.tokenizer import Tokenizer
+
+STATE_TENSORS, STATE_NUMBERS = "training.safetensors", "training.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, or read back as what it claims to be."""
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{index}.{name}": value.cpu().contiguous()
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, *rest = key.split(".")
+        if kind == "optimizer":
+            state.setdefault(int(rest[0]), {})[rest[1]] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+class Run:
+    """A folder that holds a run."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.log = self.folder / "metrics.jsonl"
+
+    @classmethod
+    def create(cls, folder: str | Path, recipe: Recipe) -> "Run":
+        """Make the folder of a new run; raises `ValueError` where it holds one already."""
+        run = cls(folder)
+        if run.checkpoints():
+            raise ValueError(
+                f"output: {folder} holds a run already; pass --resume to go on with it, or name "
+                "another folder"
+            )
+        (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        run.log.unlink(missing_ok=True)
+        text = recipe.to_toml().encode()
+        write_atomically(run.folder / "recipe.toml", lambda file: file.write(text))
+        return run
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the run was made with; raises `ValueError` where it cannot be read."""
+        return read_recipe(self.folder / "recipe.toml")[0]
+
+    def checkpoints(self) -> list[Path]:
+        """Return the complete checkpoints, oldest first."""
+        return sorted(
+            path
+            for path in (self.folder / "checkpoints").glob("step-*")
+            if path.name.removeprefix("step-").isdigit()
+        )
+
+    def latest(self) -> Path:
+        """Return the newest checkpoint; raises `ValueError` where there is none."""
+        found = self.checkpoints()
+        if not found:
+            raise ValueError(f"{self.folder}: no checkpoint of a run here")
+        return found[-1]
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        optimizer: torch.optim.Optimizer,
+        numbers: dict[str, Any],
+        keep: int,
+    ) -> Path:
+        """Write a checkpoint and remove all but the `keep` newest; return where it is.
+
+        Raises `CheckpointError` where it cannot be written; the older ones are intact then.
+        """
+        target = self.folder / "checkpoints" / f"step-{step:08d}"
+        partial = target.with_suffix(".partial")
+        tensors = _optimizer_tensors(optimizer) | _random_states()
+        numbers = {"step": step, **numbers}
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_model(model, partial)
+            tokenizer.save(partial / "tokenizer.json")
+            content = safetensors.torch.save(tensors)
+            write_atomically(partial / STATE_TENSORS, lambda file: file.write(content))
+            text = json.dumps(numbers).encode()
+            write_atomically(partial / STATE_NUMBERS, lambda file: file.write(text))
+            if target.exists():  # the run was resumed from an older one and came here again
+                shutil.rmtree(target)
+            partial.rename(target)
+            sync_folder(target.parent)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            last = self.checkpoints()
+            kept = f"the last good checkpoint is {last[-1]}" if last else "there is none before it"
+            raise CheckpointError(
+                f"{target}: the checkpoint cannot be written ({error.strerror or error}); {kept}"
+            ) from None
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+        return target
+
+    def restore(self, checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Put back the optimizer's and the random generators' state; return the numbers saved.
+
+        Raises `CheckpointError` for files that are missing, damaged, or of another model.
+        """
+        numbers = _read_numbers(checkpoint)
+        try:
+            tensors = safetensors.torch.load_file(checkpoint / STATE_TENSORS)
+            random = {k: tensors.pop(k) for k in list(tensors) if k.startswith("random.")}
+            _restore_optimizer(optimizer, tensors)
+            torch.set_rng_state(random["random.cpu"])
+            if torch.cuda.is_available() and "random.cuda" in random:
+                torch.cuda.set_rng_state(random["random.cuda"])
+        except (OSError, safetensors.SafetensorError, KeyError, IndexError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint / STATE_TENSORS}: not the training state of this run ({error}); "
+                "remove the folder to go on from the checkpoint before it"
+            ) from None
+        return numbers
+
+    def write_log(self, lines: list[dict[str, Any]]) -> None:
+        """Append steps to the log."""
+        with self.log.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Return the logged steps; a last line that a kill cut short is left out."""
+        if not self.log.exists():
+            return []
+        return list(_complete_lines(self.log.read_text(encoding="utf-8")))
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the logged steps after `step`: a resumed run does them again."""
+        lines = [line for line in self.read_log() if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        write_atomically(self.log, lambda file: file.write(text))
+
+
+def _complete_lines(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.split("\n")[:-1]:
+        yield json.loads(line)
+
+
+def _read_numbers(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / STATE_NUMBERS
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(numbers, dict) or not isinstance(numbers.get("step"), int):
+        raise CheckpointError(f"{path}: not the training state of a run")
+    return numbers
+
+
+def load_tuned(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokenizer, Path]:
+    """Return the model and tokenizer of a checkpoint, or of the newest in a run, and its folder.
+
+    Raises `ValueError` naming the file for a folder that holds neither, and for damaged or foreign
+    files.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder, expected a run or a checkpoint")
+    if (folder / "checkpoints").is_dir():
+        folder = Run(folder).latest()
+    return load_model(folder, device), Tokenizer.load(folder / "tokenizer.json"), folder
