@@ -1,4 +1,4 @@
-"""``python -m bench attention|feed_forward``: verify, time, print, and write JSON and a plot."""
+"""``python -m bench NAME``: verify, time, print, and write JSON and a plot."""
 
 import argparse
 import importlib
@@ -9,7 +9,7 @@ import torch
 
 from .report import save, table
 
-BENCHMARKS = ("attention", "feed_forward")
+BENCHMARKS = ("attention", "feed_forward", "train_step")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
