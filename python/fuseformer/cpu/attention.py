@@ -1,51 +1,90 @@
-"""Attention on the CPU: PyTorch's flash routine, or row blocks of plain maths."""
+"""Attention on the CPU: PyTorch's flash routine where it serves, else blocks of plain maths.
+
+Sequences of a padded batch are computed apart, each up to its last visible key, where that saves
+more than the calls cost.
+"""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..philox import dropout_scale, keep_mask
-from ..reference import (
-    add_bias_and_masks,
-    capped_logits,
-    repeat_heads,
-    softmax_with_lse,
-    widened,
-)
+from ..reference import widened
+from . import attention_blocks
+from .attention_blocks import Options
 
-# Logits that a row block may hold: 8 MiB of float32, so that a block lives in the outer caches.
-_LOGITS_PER_BLOCK = 1 << 21
+# Multiply-adds of one sequence above which it is worth a call of its own (about 0.1 ms).
+_WORK_OF_A_CALL = 1 << 22
+
+_FEW_KEYS = 4
 
 
-class _Options(NamedTuple):
-    """What an attention call asks for besides its three tensors."""
+class _Part(NamedTuple):
+    """Sequences computed in one call: which, how many of the keys, and their options."""
 
-    bias: Tensor | None
-    key_padding_mask: Tensor | None
-    key_lengths: Tensor | None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    seed: Tensor | None
-    causal: str
-    window: tuple[int, int]
-    softcap: float
-    scale: float
-    dropout_p: float
-    batches: Sequence[int] | None = None
+    batch: slice
+    keys: int
+    options: Options
 
 
-def _served_by_flash(q: Tensor, sk: int, options: _Options) -> bool:
+def _taken(options: Options, batch: slice, keys: int, seen: Tensor | None) -> Options:
+    """Return the options of the sequences `batch` and their first `keys` keys, those `seen`."""
+    bias = options.bias
+    if bias is not None:
+        bias = bias[batch] if bias.shape[0] > 1 else bias
+        bias = bias[..., :keys] if bias.shape[-1] > 1 else bias
+    return options._replace(
+        bias=bias,
+        key_padding_mask=None if seen is None else ~seen[batch, :keys],
+        key_lengths=None,
+        batches=(range(batch.stop) if options.batches is None else options.batches)[batch],
+    )
+
+
+def _parts(q: Tensor, sk: int, options: Options) -> list[_Part]:
+    """Return how to divide a batch so that little is computed for keys that are padding."""
+    batch, heads, sq, dim = q.shape
+    mask, lengths = options.key_padding_mask, options.key_lengths
+    everything = slice(0, batch)
+    # Keys cannot be cut where the diagonal is aligned with the last one.
+    if (
+        (mask is None and lengths is None)
+        or options.causal == "bottom_right"
+        or not batch
+        or not sk
+    ):
+        return [_Part(everything, sk, options)]
+    position = torch.arange(sk)
+    seen = torch.ones(batch, sk, dtype=torch.bool) if mask is None else ~mask
+    if lengths is not None:
+        seen = seen & (position < lengths[:, None])
+    ends = torch.where(seen, position + 1, 0).amax(1)
+    whole = (seen.sum(1) == ends).tolist()  # without holes, the cut says all that the mask says
+    last = ends.tolist()
+    if heads * sq * sk * dim < _WORK_OF_A_CALL:
+        last, whole = [max(last)] * batch, [all(whole) and min(last) == max(last)] * batch
+    parts, start = [], 0
+    for stop in range(1, batch + 1):
+        if stop == batch or (last[stop], whole[stop]) != (last[start], whole[start]):
+            rows, keys = slice(start, stop), last[start]
+            own = _taken(options, rows, keys, None if whole[start] else seen)
+            parts.append(_Part(rows, keys, own))
+            start = stop
+    return parts
+
+
+def _served_by_flash(q: Tensor, sk: int, options: Options) -> bool:
     """Return whether PyTorch's flash routine computes this call.
 
-    It takes a bias in the dtype of `q` alone; a wider one would be rounded.
+    It takes a bias in the dtype of `q` alone; a wider one would be rounded. With very few keys the
+    gradient of the logits cancels, to 0 where a row sees but one, and what is left is the rounding
+    of its delta = rowsum(out * dout).
     """
     sq = q.shape[2]
     return (
         sq > 0
-        and sk > 0
+        and sk >= _FEW_KEYS
         and (options.bias is None or options.bias.dtype == q.dtype)
         and options.dropout_p == 0
         and options.window == (-1, -1)
@@ -56,10 +95,9 @@ def _served_by_flash(q: Tensor, sk: int, options: _Options) -> bool:
     )
 
 
-def _additive_mask(q: Tensor, sk: int, options: _Options) -> Tensor | None:
+def _additive_mask(q: Tensor, sk: int, options: Options) -> Tensor | None:
     """Return bias and padding as one additive mask that broadcasts to (B, H, Sq, Sk), or None."""
-    mask = None
-    padding = options.key_padding_mask
+    mask, padding = None, options.key_padding_mask
     if options.key_lengths is not None:
         beyond = torch.arange(sk) >= options.key_lengths[:, None]  # (B, Sk)
         padding = beyond if padding is None else padding | beyond
@@ -71,117 +109,33 @@ def _additive_mask(q: Tensor, sk: int, options: _Options) -> Tensor | None:
     return mask
 
 
-def _trim_keys(k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor, _Options]:
-    """Drop the keys that lie beyond every length: they are padding for each sequence."""
-    if options.key_lengths is None or options.causal == "bottom_right" or not len(k):
-        return k, v, options
-    longest = max(1, min(int(options.key_lengths.max()), k.shape[2]))
-    if longest == k.shape[2]:
-        return k, v, options
-    mask, bias = options.key_padding_mask, options.bias
-    if mask is not None:
-        mask = mask[:, :longest]
-    if bias is not None and bias.shape[-1] > 1:
-        bias = bias[..., :longest]
-    return k[:, :, :longest], v[:, :, :longest], options._replace(key_padding_mask=mask, bias=bias)
+def _blind_rows(mask: Tensor, sq: int, causal: bool) -> Tensor:
+    """Return which rows an additive mask leaves without a visible key; broadcasts to (B, H, Sq)."""
+    if not causal:
+        return (mask == -math.inf).all(-1)
+    hidden = (mask == -math.inf).cummin(-1).values  # True up to the first visible key
+    sk = hidden.shape[-1]
+    hidden = hidden.expand(*hidden.shape[:2], sq, sk)
+    blind = hidden.diagonal(dim1=-2, dim2=-1)
+    return torch.cat([blind, hidden[..., sk:, -1]], -1) if sq > sk else blind
 
 
-def _row_blocks(batch: int, heads: int, sq: int, sk: int) -> list[range]:
-    """Return blocks of query rows whose logits fit the budget; multiples of 16 for the mask."""
-    step = max(16, _LOGITS_PER_BLOCK // max(1, batch * heads * sk) // 16 * 16)
-    return [range(start, min(start + step, sq)) for start in range(0, sq, step)]
-
-
-def _visible_columns(rows: range, sq: int, sk: int, options: _Options) -> tuple[range, int]:
-    """Return the keys that some row of a block may see by position, and the diagonal's offset."""
-    offset = sk - sq if options.causal == "bottom_right" else 0
-    left, right = options.window
-    if options.causal != "none":
-        right = 0 if right < 0 else min(right, 0)
-    start = 0 if left < 0 else min(max(0, rows.start + offset - left), sk)
-    stop = sk if right < 0 else min(max(start, rows.stop + offset + right), sk)
-    return range(start, stop), offset
-
-
-def _masked_logits(
-    capped: Tensor, rows: range, columns: range, offset: int, options: _Options
-) -> Tensor:
-    return add_bias_and_masks(
-        capped,
-        rows=rows,
-        columns=columns,
-        offset=offset,
-        causal=options.causal != "none",
-        key_padding_mask=options.key_padding_mask,
-        key_lengths=options.key_lengths,
-        bias=options.bias,
-        window=options.window,
-        alibi_slopes=options.alibi_slopes,
+def _forward_part(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    sq, sk = q.shape[2], k.shape[2]
+    if not _served_by_flash(q, sk, options):
+        return attention_blocks.forward(q, k, v, options)
+    mask, causal = _additive_mask(q, sk, options), options.causal != "none"
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=options.scale
     )
-
-
-def _dropout_factors(
-    options: _Options, batch: int, heads: int, rows: range, columns: range
-) -> Tensor | None:
-    """Return the factors (B, H, R, C) that dropout multiplies probabilities with, or None."""
-    if options.dropout_p == 0:
-        return None
-    assert options.seed is not None
-    batches = range(batch) if options.batches is None else options.batches
-    keep = keep_mask(options.seed, options.dropout_p, batches, range(heads), rows, columns.stop)
-    return keep[..., columns.start :] * dropout_scale(options.dropout_p)
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    batch, heads, sq, _ = q.shape
-    k, v, options = _trim_keys(k, v, options)
-    sk = k.shape[2]
-    if _served_by_flash(q, sk, options):
-        mask = _additive_mask(q, sk, options)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, options.causal != "none", attn_mask=mask, scale=options.scale
-        )
-        lse = lse.contiguous()
-        if mask is not None:
-            # The routine reports lse 0 for a row without a visible key; a mask alone can hide all.
-            blind = (mask == -math.inf).all(-1)
-            if options.causal != "none":
-                hidden = (mask == -math.inf).cummin(-1).values  # True up to the first visible key
-                hidden = hidden.expand(*hidden.shape[:2], sq, sk)
-                blind = hidden.diagonal(dim1=-2, dim2=-1)
-                if sq > sk:
-                    tail = hidden[..., sk:, -1]
-                    blind = torch.cat([blind, tail], -1)
-            lse = lse.masked_fill(blind, -math.inf)
-        return out, lse
-    out = torch.empty_like(q)
-    lse = torch.empty(batch, heads, sq, dtype=widened(q[:0]).dtype)
-    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-    for rows in _row_blocks(batch, heads, sq, sk):
-        columns, offset = _visible_columns(rows, sq, sk, options)
-        block = slice(rows.start, rows.stop)
-        seen = slice(columns.start, columns.stop)
-        logits = capped_logits(q[:, :, block], k[:, :, seen], options.scale, options.softcap)
-        logits = _masked_logits(logits, rows, columns, offset, options)
-        weights, lse[:, :, block] = softmax_with_lse(logits, options.sinks)
-        factors = _dropout_factors(options, batch, heads, rows, columns)
-        if factors is not None:
-            weights *= factors
-        out[:, :, block] = weights.to(q.dtype) @ v[:, :, seen]
+    lse = lse.contiguous()
+    # The routine reports lse 0 for a row without a visible key; a mask alone can hide all.
+    if mask is not None and (lse == 0).any():
+        lse = lse.masked_fill(_blind_rows(mask, sq, causal), -math.inf)
     return out, lse
 
 
-def _reduced_to(gradient: Tensor, shape: torch.Size) -> Tensor:
-    """Return `gradient` summed over the dimensions along which `shape` was broadcast."""
-    leading = gradient.ndim - len(shape)
-    dims = [*range(leading)]
-    dims += [
-        leading + i for i, n in enumerate(shape) if n == 1 and gradient.shape[leading + i] != 1
-    ]
-    return (gradient.sum(dims, keepdim=True) if dims else gradient).reshape(shape)
-
-
-def _backward(
+def _backward_part(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -189,82 +143,114 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    options: _Options,
+    options: Options,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    full_k, (batch, heads, sq, _) = k, q.shape
-    if not bias_grad:
-        k, v, options = _trim_keys(k, v, options)
-    sk, kv_heads = k.shape[2], k.shape[1]
-    if _served_by_flash(q, sk, options) and dlse is None and not bias_grad:
-        mask = _additive_mask(q, sk, options)
-        # A row without a visible key has lse -inf; with 0 its probabilities come out as exp(-inf).
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse.masked_fill(lse == -math.inf, 0.0),
-            0.0,
-            options.causal != "none",
-            attn_mask=mask,
-            scale=options.scale,
-        )
-        return dq, _padded(dk, full_k), _padded(dv, full_k), None, None
-    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-    dq = torch.empty_like(q)
-    dk, dv = (torch.zeros(k.shape, dtype=lse.dtype) for _ in range(2))
-    dbias = None
-    if bias_grad and options.bias is not None:
-        dbias = torch.zeros(options.bias.shape, dtype=lse.dtype)
-    masses = None if options.sinks is None else torch.zeros_like(options.sinks, dtype=lse.dtype)
-    finite_lse = lse.masked_fill(lse == -math.inf, 0.0)[..., None]
-    for rows in _row_blocks(batch, heads, sq, sk):
-        columns, offset = _visible_columns(rows, sq, sk, options)
-        block = slice(rows.start, rows.stop)
-        seen = slice(columns.start, columns.stop)
-        q_block, dout_block, k_seen = q[:, :, block], dout[:, :, block], k[:, :, seen]
-        capped = capped_logits(q_block, k_seen, options.scale, options.softcap)
-        logits = _masked_logits(capped, rows, columns, offset, options)
-        weights = torch.exp(logits - finite_lse[:, :, block])  # (B, H, R, C)
-        dweights = widened(dout_block) @ widened(v[:, :, seen]).transpose(-2, -1)
-        factors = _dropout_factors(options, batch, heads, rows, columns)
-        dropped = weights
-        if factors is not None:
-            dropped, dweights = weights * factors, dweights * factors
-        dv[:, :, seen] += dropped.to(q.dtype).transpose(-2, -1) @ dout_block
-        # The row is whole here, so its mean gradient needs no detour over the rounded output.
-        delta = (weights * dweights).sum(-1, keepdim=True)  # (B, H, R, 1)
-        if dlse is not None:
-            delta = delta - dlse[:, :, block, None]
-        if masses is not None and options.sinks is not None:
-            sink = torch.exp(options.sinks.to(lse.dtype)[:, None, None] - finite_lse[:, :, block])
-            masses -= (sink * delta).sum((0, 2, 3))
-        dlogits = weights * (dweights - delta)
-        if dbias is not None and options.bias is not None:
-            part = dbias[..., block, :] if dbias.shape[-2] > 1 else dbias
-            part = part[..., seen] if dbias.shape[-1] > 1 else part
-            part += _reduced_to(dlogits, part.shape)
-        if options.softcap:
-            dlogits = dlogits * (1 - (capped / options.softcap) ** 2)
-        dlogits = (dlogits * options.scale).to(q.dtype)
-        dq[:, :, block] = dlogits @ k_seen
-        dk[:, :, seen] += dlogits.transpose(-2, -1) @ q_block
-    dsinks = None
-    if masses is not None and options.sinks is not None:
-        dsinks = masses.to(options.sinks.dtype)
-    groups = (batch, kv_heads, heads // kv_heads, sk, q.shape[-1])
-    dk, dv = (_padded(g.view(groups).sum(2).to(q.dtype), full_k) for g in (dk, dv))
+    sk = k.shape[2]
+    if dlse is not None or bias_grad or not _served_by_flash(q, sk, options):
+        return attention_blocks.backward(dout, dlse, q, k, v, lse, options, bias_grad)
+    # A row without a visible key has lse -inf; with 0 its probabilities come out as exp(-inf).
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse.masked_fill(lse == -math.inf, 0.0),
+        0.0,
+        options.causal != "none",
+        attn_mask=_additive_mask(q, sk, options),
+        scale=options.scale,
+    )
+    return dq, dk, dv, None, None
+
+
+def _options(
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    *rest: Any,
+) -> Options:
+    """Return the options of a call from its arguments, in the order of the op."""
+    alibi_slopes, sinks, seed, causal, window_left, window_right, softcap, scale, dropout_p = rest
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.ndim)]
+    window = (window_left, window_right)
+    return Options(
+        bias,
+        key_padding_mask,
+        key_lengths,
+        alibi_slopes,
+        sinks,
+        seed,
+        causal,
+        window,
+        softcap,
+        scale,
+        dropout_p,
+    )
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Return the output (B, H, Sq, D) and lse (B, H, Sq) of dense attention."""
+    parts = _parts(q, k.shape[2], options)
+    if len(parts) == 1:
+        _, keys, options = parts[0]
+        return _forward_part(q, k[:, :, :keys], v[:, :, :keys], options)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=widened(q[:0]).dtype)
+    for rows, keys, own in parts:
+        out[rows], lse[rows] = _forward_part(q[rows], k[rows, :, :keys], v[rows, :, :keys], own)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of q, k, v, and of the bias and the sinks where there are any."""
+    parts = _parts(q, k.shape[2], options)
+    if len(parts) == 1 and parts[0].keys == k.shape[2]:
+        own = parts[0].options
+        dq, dk, dv, dbias, dsinks = _backward_part(dout, dlse, q, k, v, out, lse, own, bias_grad)
+    else:
+        dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+        dbias = dsinks = None
+        if bias_grad and options.bias is not None:
+            dbias = torch.zeros(options.bias.shape, dtype=lse.dtype)
+        if options.sinks is not None:
+            dsinks = torch.zeros(options.sinks.shape, dtype=lse.dtype)
+        for rows, keys, own in parts:
+            dq[rows], dk[rows, :, :keys], dv[rows, :, :keys], part, mass = _backward_part(
+                dout[rows],
+                None if dlse is None else dlse[rows],
+                q[rows],
+                k[rows, :, :keys],
+                v[rows, :, :keys],
+                out[rows],
+                lse[rows],
+                own,
+                bias_grad,
+            )
+            dk[rows, :, keys:], dv[rows, :, keys:] = 0, 0
+            if dbias is not None and part is not None:
+                target = dbias[rows] if dbias.shape[0] > 1 else dbias
+                target = target[..., :keys] if dbias.shape[-1] > 1 else target
+                target += part
+            if dsinks is not None and mass is not None:
+                dsinks += mass
     if dbias is not None and options.bias is not None:
         dbias = dbias.to(options.bias.dtype)
+    if dsinks is not None and options.sinks is not None:
+        dsinks = dsinks.to(options.sinks.dtype)
     return dq, dk, dv, dbias, dsinks
-
-
-def _padded(gradient: Tensor, full: Tensor) -> Tensor:
-    """Return `gradient` with zero rows appended for the keys that `_trim_keys` dropped."""
-    missing = full.shape[2] - gradient.shape[2]
-    return torch.nn.functional.pad(gradient, (0, 0, 0, missing)) if missing else gradient
 
 
 def attention_forward(
@@ -285,8 +271,7 @@ def attention_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, Sq, D) and lse (B, H, Sq) of dense attention."""
-    window = (window_left, window_right)
-    options = _Options(
+    options = _options(
         bias,
         key_padding_mask,
         key_lengths,
@@ -294,12 +279,13 @@ def attention_forward(
         sinks,
         seed,
         causal,
-        window,
+        window_left,
+        window_right,
         softcap,
         scale,
         dropout_p,
     )
-    return _forward(q, k, v, options)
+    return forward(q, k, v, options)
 
 
 def attention_backward(
@@ -325,8 +311,7 @@ def attention_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v, and of the bias and the sinks where there are any."""
-    window = (window_left, window_right)
-    options = _Options(
+    options = _options(
         bias,
         key_padding_mask,
         key_lengths,
@@ -334,9 +319,11 @@ def attention_backward(
         sinks,
         seed,
         causal,
-        window,
+        window_left,
+        window_right,
         softcap,
         scale,
         dropout_p,
     )
-    return _backward(dout, dlse, q, k, v, out, lse, options, bias_grad)
+    dq, dk, dv, dbias, dsinks = backward(dout, dlse, q, k, v, out, lse, options, bias_grad)
+    return dq, dk, dv, None if dbias is None or bias is None else dbias.view(bias.shape), dsinks

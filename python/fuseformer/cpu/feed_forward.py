@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..philox import dropout_scale, keep_mask
+from ..philox import dropout_scale
 from ..reference import apply_activation
+from .dropout import keep_mask
 
 _ATEN = torch.ops.aten
 
@@ -26,7 +27,7 @@ def _drop_(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """Apply the dropout of hidden activations (T, hidden) in place."""
     if dropout_p > 0:
         assert seed is not None
-        keep = keep_mask(seed, dropout_p, range(1), range(1), range(x.shape[0]), x.shape[1])
+        keep = keep_mask(seed, dropout_p, range(1), range(1), range(x.shape[0]), range(x.shape[1]))
         x.mul_(keep[0, 0]).mul_(dropout_scale(dropout_p))
     return x
 

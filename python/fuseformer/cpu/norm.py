@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..philox import dropout_scale, keep_mask
+from ..philox import dropout_scale
 from ..reference import widened
+from .dropout import keep_mask
 
 _ATEN = torch.ops.aten
 
@@ -14,7 +15,7 @@ def _factors(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
     if dropout_p == 0:
         return None
     assert seed is not None
-    keep = keep_mask(seed, dropout_p, range(1), range(1, 2), range(x.shape[0]), x.shape[1])
+    keep = keep_mask(seed, dropout_p, range(1), range(1, 2), range(x.shape[0]), range(x.shape[1]))
     return keep[0, 0] * dropout_scale(dropout_p)
 
 

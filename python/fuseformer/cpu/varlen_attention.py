@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import _backward, _forward, _Options
+from .attention import backward, forward
+from .attention_blocks import Options
 
 # Sequences whose lengths differ by less share a batch where dropout is drawn: a patch of its
 # generator has 16 rows and 32 columns, so that a finer step would save nothing.
@@ -38,7 +39,7 @@ def _indices(starts: list[int], numbers: list[int], length: int) -> tuple[Tensor
     return torch.minimum(rows, end - 1), None if bool(real.all()) else real
 
 
-def _groups(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: _Options) -> Iterator[_Group]:
+def _groups(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: Options) -> Iterator[_Group]:
     """Yield the sequences in groups of alike length, padded by less than `_LENGTH_STEP` rows.
 
     Short sequences by themselves would cost more in calls than in arithmetic.
@@ -122,12 +123,12 @@ def varlen_attention_forward(
         q.shape[1], q.shape[0], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
     )
     window = (window_left, window_right)
-    options = _Options(
+    options = Options(
         None, None, None, alibi_slopes, sinks, seed, causal, window, softcap, scale, dropout_p
     )
     if dropout_p:
         for group in _groups(cu_seqlens_q, cu_seqlens_k, options):
-            part, part_lse = _forward(
+            part, part_lse = forward(
                 _batch(q, group.rows),
                 _batch(k, group.columns),
                 _batch(v, group.columns),
@@ -137,7 +138,7 @@ def varlen_attention_forward(
             _put(lse.T, group.rows, group.real, part_lse)
         return out, lse
     for rows, columns in _sequences(cu_seqlens_q, cu_seqlens_k):
-        part, part_lse = _forward(_one(q, rows), _one(k, columns), _one(v, columns), options)
+        part, part_lse = forward(_one(q, rows), _one(k, columns), _one(v, columns), options)
         out[rows] = part[0].transpose(0, 1)
         lse[:, rows] = part_lse[0]
     return out, lse
@@ -169,12 +170,12 @@ def varlen_attention_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dsinks = None if sinks is None else torch.zeros_like(sinks)
     window = (window_left, window_right)
-    options = _Options(
+    options = Options(
         None, None, None, alibi_slopes, sinks, seed, causal, window, softcap, scale, dropout_p
     )
     if dropout_p:
         for group in _groups(cu_seqlens_q, cu_seqlens_k, options):
-            parts = _backward(
+            parts = backward(
                 _batch(dout, group.rows, group.real),
                 None if dlse is None else _batch(dlse.T, group.rows, group.real),
                 _batch(q, group.rows),
@@ -192,7 +193,7 @@ def varlen_attention_backward(
                 dsinks += parts[4]
         return dq, dk, dv, dsinks
     for rows, columns in _sequences(cu_seqlens_q, cu_seqlens_k):
-        parts = _backward(
+        parts = backward(
             _one(dout, rows),
             None if dlse is None else dlse[None, :, rows],
             _one(q, rows),
