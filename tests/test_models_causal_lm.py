@@ -6,6 +6,7 @@ from fuseformer.models.blocks import sinusoidal_positions
 from fuseformer.models.causal_lm import CausalLM
 from fuseformer.models.config import ModelConfig
 from fuseformer.models.generation import generate, restrict
+from fuseformer.models.masked_lm import MaskedLM
 from fuseformer.models.sequences import Sequences
 
 CONFIG = ModelConfig(vocab_size=50, width=16, heads=2, layers=2, hidden=24, max_length=20)
@@ -80,6 +81,20 @@ def test_cached_generation_equals_full_recomputation():
     assert stopped == [e[: e.index(end)] if end in e else e for e in expected]
 
 
+def test_cached_states_equal_those_of_the_whole_sequence():
+    lm = model()
+    hidden, cache = lm.prefill(*packed(SEQUENCES), 3)
+    sequences = [list(s) for s in SEQUENCES]
+    for tokens in ([5, 6, 7], [8, 0, 1], [2, 2, 3]):
+        expected = torch.stack([plain(lm, s)[-1] for s in sequences])
+        torch.testing.assert_close(lm.logits(hidden), expected)
+        hidden = lm.step(torch.tensor(tokens), cache)
+        sequences = [[*s, token] for s, token in zip(sequences, tokens, strict=True)]
+    torch.testing.assert_close(
+        lm.logits(hidden), torch.stack([plain(lm, s)[-1] for s in sequences])
+    )
+
+
 def test_sampling_is_governed_by_its_generator():
     lm = model()
     runs = [
@@ -105,6 +120,10 @@ def test_bad_input_is_named():
         lm(*packed([[1] * 21]))
     with pytest.raises(ValueError, match="max_length 20"):
         generate(lm, [[1] * 15], 6)
+    with pytest.raises(ValueError, match="start_id: got 1, expected None"):
+        generate(lm, [[1]], 2, start_id=1)
+    with pytest.raises(TypeError, match="model: got MaskedLM, expected CausalLM or EncoderDecoder"):
+        generate(MaskedLM(CONFIG), [[1]], 2)
     with pytest.raises(ValueError, match="empty prompt"):
         generate(lm, [[1], []], 2)
     for options, name in (({"temperature": -1}, "temperature"), ({"top_k": 0}, "top_k")):

@@ -265,6 +265,10 @@ DAMAGES = {
         lambda f: edit(f / "config.json", config__layers=3),
         "model.safetensors: lacks weight backbone.blocks.2.* and 11 more",
     ),
+    "endless layers": (
+        lambda f: edit(f / "config.json", config__layers=10**12),
+        "config.json: layers is 1000000000000, model.safetensors has 27 weights",
+    ),
     "fewer layers": (
         lambda f: edit(f / "config.json", config__layers=1),
         "model.safetensors: has unknown weight backbone.blocks.1",

@@ -176,6 +176,15 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(first, transformer(*arguments))
 
 
+@pytest.mark.parametrize("part", ["cross_attention", "cross_attention_norm", "attention"])
+def test_every_dropout_of_the_decoder_is_there(part):
+    """Each alone changes the result; so none is forgotten."""
+    transformer = model()
+    transformer.get_submodule(f"decoder.0.{part}").training = True
+    arguments = (*pack_ids(SOURCES), *pack_ids(TARGETS))
+    assert not torch.equal(transformer(*arguments), transformer(*arguments))
+
+
 def test_an_empty_source_has_nothing_to_say():
     transformer = model()
     hidden = transformer(*pack_ids([[], [4, 5]]), *pack_ids([[1, 2], [1]]))

@@ -148,12 +148,14 @@ def _read_description(path: Path) -> dict[str, Any]:
     return described
 
 
-def _build(path: Path, described: dict[str, Any]) -> nn.Module:
-    """Return the described model without weights: on the device that stores none."""
+def _build(path: Path, described: dict[str, Any], weights: int) -> nn.Module:
+    """Return the described model without storage; it has fewer layers than `weights`."""
     kind, head = described["kind"], dict(described["head"])
     made: Any = _KINDS[kind]
     try:
         config = ModelConfig(**described["config"])
+        if config.layers > weights:  # before they are made, which could take forever
+            raise ValueError(f"layers is {config.layers}, {WEIGHTS} has {weights} weights")
         with torch.device("meta"):
             if kind not in _HEAD_FIELDS:
                 return made(config)
@@ -205,8 +207,9 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Model:
     not those of the configuration.
     """
     config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
-    model = _build(config_path, _read_description(config_path))
+    described = _read_description(config_path)
     tensors = _read_weights(weights_path)
+    model = _build(config_path, described, len(tensors))
     _check_weights(weights_path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
     for module in model.modules():

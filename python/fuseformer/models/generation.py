@@ -77,8 +77,11 @@ def generate(
     begin with `start_id`. A `temperature` of 0 takes the likeliest token. Each continuation ends at
     `end_id` or after `max_new_tokens`. The model keeps its training mode, and draws no dropout
     meanwhile. Raises `ValueError` for an empty prompt of a `CausalLM`, a missing or needless
-    `start_id`, a sequence too long for the model, or options out of range.
+    `start_id`, a sequence too long for the model, or options out of range, and `TypeError` for a
+    model that does not generate.
     """
+    if not hasattr(model, "start"):
+        raise TypeError(f"model: got {type(model).__name__}, expected CausalLM or EncoderDecoder")
     _check(temperature, top_k, top_p)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
