@@ -23,13 +23,18 @@ def _activation_gradient_(gradient: Tensor, pre: Tensor, activation: str) -> Ten
     )
 
 
-def _drop_(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """Apply the dropout of hidden activations (T, hidden) in place."""
-    if dropout_p > 0:
-        assert seed is not None
-        keep = keep_mask(seed, dropout_p, range(1), range(1), range(x.shape[0]), range(x.shape[1]))
-        x.mul_(keep[0, 0]).mul_(dropout_scale(dropout_p))
-    return x
+def _keep(like: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
+    """Return which hidden activations (T, hidden) dropout keeps, or None without dropout."""
+    if dropout_p == 0:
+        return None
+    assert seed is not None
+    rows, columns = (range(n) for n in like.shape)
+    return keep_mask(seed, dropout_p, range(1), range(1), rows, columns)[0, 0]
+
+
+def _drop_(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
+    """Apply dropout in place."""
+    return x if keep is None else x.mul_(keep).mul_(dropout_scale(dropout_p))
 
 
 def feed_forward_forward(
@@ -44,20 +49,13 @@ def feed_forward_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, width) and the pre-activation (T, hidden).
 
-    ReLU's is clamped at 0, which changes neither the activation nor its gradient and makes one
-    tensor serve as both.
+    For ReLU the hidden activations after dropout take its place: where they are above 0 the unit
+    was active and kept, which is all that backward asks.
     """
     pre = F.linear(x, w1, b1)
-    if activation == "relu":
-        pre.relu_()
-    return F.linear(_hidden(pre, seed, activation, dropout_p), w2, b2), pre
-
-
-def _hidden(pre: Tensor, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
-    """Return the activation of `pre` after dropout; `pre` itself where that is the same."""
-    if activation != "relu":
-        return _drop_(apply_activation(pre, activation), dropout_p, seed)
-    return _drop_(pre.clone(), dropout_p, seed) if dropout_p else pre
+    keep = _keep(pre, dropout_p, seed)
+    hidden = pre.relu_() if activation == "relu" else apply_activation(pre, activation)
+    return F.linear(_drop_(hidden, keep, dropout_p), w2, b2), pre
 
 
 def feed_forward_backward(
@@ -73,12 +71,19 @@ def feed_forward_backward(
     has_b2: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Return the gradients of x, w1, b1, w2 and b2; those of absent biases are None."""
-    hidden = _hidden(pre, seed, activation, dropout_p)
-    dw2 = dy.T @ hidden
-    # The recomputed activation is as large as its gradient and no longer needed: fresh memory would
-    # cost more in page faults than the activation costs in arithmetic.
-    dhidden = torch.mm(dy, w2) if hidden is pre else torch.mm(dy, w2, out=hidden)
-    dpre = _activation_gradient_(_drop_(dhidden, dropout_p, seed), pre, activation)
+    if activation == "relu":
+        dw2 = dy.T @ pre
+        dpre = _activation_gradient_(dy @ w2, pre, activation)
+        if dropout_p:
+            dpre.mul_(dropout_scale(dropout_p))
+    else:
+        keep = _keep(pre, dropout_p, seed)
+        hidden = _drop_(apply_activation(pre, activation), keep, dropout_p)
+        dw2 = dy.T @ hidden
+        # The recomputed activation is as large as its gradient and no longer needed: fresh memory
+        # would cost more in page faults than the activation costs in arithmetic.
+        dhidden = _drop_(torch.mm(dy, w2, out=hidden), keep, dropout_p)
+        dpre = _activation_gradient_(dhidden, pre, activation)
     db1 = None if b1 is None else dpre.sum(0)
     return dpre @ w1, dpre.T @ x, db1, dw2, dy.sum(0) if has_b2 else None
 

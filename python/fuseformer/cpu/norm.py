@@ -16,7 +16,7 @@ def _factors(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
         return None
     assert seed is not None
     keep = keep_mask(seed, dropout_p, range(1), range(1, 2), range(x.shape[0]), range(x.shape[1]))
-    return keep[0, 0] * dropout_scale(dropout_p)
+    return keep[0, 0].to(widened(x[:0]).dtype).mul_(dropout_scale(dropout_p))
 
 
 def _sum(x: Tensor, residual: Tensor, factors: Tensor | None) -> Tensor:
