@@ -1,16 +1,12 @@
 """Bugs planted in a copy of the attention kernels must be caught by the checks of the real ones."""
 
-import importlib.util
-import shutil
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
-import fuseformer.kernels
 import pytest
 import torch
 from attention_checks import Case, check_dense, check_dropout_mask, check_packed
+from planted import planted_kernels
 from ttsem.sanitize import KernelFault
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
@@ -115,46 +111,20 @@ BUGS = {
 }
 
 
-@pytest.fixture
-def planted(tmp_path) -> Callable[[str, str, str], ModuleType]:
-    """Return a function that loads a copy of the kernels with a text replaced in one file."""
-    loaded: list[str] = []
-
-    def load(file: str, correct: str, wrong: str) -> ModuleType:
-        package = f"planted_kernels_{len(sys.modules)}"
-        folder = tmp_path / package
-        shutil.copytree(Path(fuseformer.kernels.__path__[0]), folder)
-        source = (folder / file).read_text()
-        assert correct in source, f"{file} has changed: plant the bug anew"
-        (folder / file).write_text(source.replace(correct, wrong))
-        spec = importlib.util.spec_from_file_location(
-            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[package] = module
-        loaded.append(package)
-        spec.loader.exec_module(module)
-        return importlib.import_module(f"{package}.attention")
-
-    yield load
-    for name in list(sys.modules):
-        if name.split(".")[0] in loaded:
-            del sys.modules[name]
-
-
 @pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_caught(name, planted):
+def test_a_planted_bug_is_caught(name, tmp_path):
     file, correct, wrong, check = BUGS[name]
-    kernels = planted(file, correct, wrong)
-    with pytest.raises((AssertionError, KernelFault)):
+    with (
+        planted_kernels(tmp_path, "attention", file, correct, wrong) as kernels,
+        pytest.raises((AssertionError, KernelFault)),
+    ):
         check(kernels)
 
 
-def test_the_copy_without_a_bug_passes(planted):
+def test_the_copy_without_a_bug_passes(tmp_path):
     """Else the tests above would pass for any reason at all."""
-    kernels = planted("attention.py", "kv_head = head // GROUP", "kv_head = head // GROUP")
-    for case in (SMALL, TWO_BLOCKS):
-        check_dense(kernels, case)
-    check_packed(kernels, ((8, 8), (8, 8)), 16, FP16, "none", 0.0)
+    text = "kv_head = head // GROUP"
+    with planted_kernels(tmp_path, "attention", "attention.py", text, text) as kernels:
+        for case in (SMALL, TWO_BLOCKS):
+            check_dense(kernels, case)
+        check_packed(kernels, ((8, 8), (8, 8)), 16, FP16, "none", 0.0)

@@ -4,22 +4,12 @@ import importlib
 import importlib.util
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import fuseformer.kernels
-
-
-class Bug(NamedTuple):
-    """A planted bug: where, what stood there, what stands there now, and the check to fail."""
-
-    file: str
-    correct: str
-    wrong: str
-    check: Callable[[ModuleType], None]
 
 
 @contextmanager
