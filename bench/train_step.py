@@ -9,19 +9,17 @@ FLOP: 6 * (weights that a real token meets) summed over real tokens; attention's
 """
 
 import copy
-import re
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuseformer.models import CausalLM, EncoderDecoder, ModelConfig, Sequences
+from fuseformer.models.plain import IGNORED, PlainModel, as_torch
 from fuseformer.packing import pack, plan_packing
 
 from .timer import Candidate, Result, Row, compare, verify
 
 FLOP_FORMULA = "6 * (weights that a real token meets) * real tokens, attention left out"
-IGNORED = -100
 
 
 class Padded:
@@ -40,75 +38,6 @@ class Padded:
         plan = plan_packing(self.padding)
         where = Sequences(plan.cu_seqlens, plan.max_seqlen)
         return pack(self.ids, plan), plan.positions(), pack(self.targets, plan), where
-
-
-class TorchTransformer(nn.Module):
-    """The same model of torch.nn's parts: nn.Transformer, or its encoder alone, made causal."""
-
-    table: Tensor
-
-    def __init__(self, config: ModelConfig, table: Tensor, with_decoder: bool) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.register_buffer("table", table)
-        sizes = (config.width, config.heads, config.hidden, config.dropout, config.activation)
-        layer = nn.TransformerEncoderLayer(*sizes, batch_first=True)
-        encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
-        self.stack: nn.Module = encoder
-        if with_decoder:
-            decoder_layer = nn.TransformerDecoderLayer(*sizes, batch_first=True)
-            decoder = nn.TransformerDecoder(decoder_layer, config.layers)
-            self.stack = nn.Transformer(
-                *sizes[:2], custom_encoder=encoder, custom_decoder=decoder, batch_first=True
-            )
-
-    def embed(self, ids: Tensor) -> Tensor:
-        scaled = self.embedding(ids) * self.embedding.embedding_dim**0.5
-        return self.dropout(scaled + self.table[: ids.shape[1]])
-
-    def loss(self, batch: Padded, source: Padded | None) -> Tensor:
-        length, x = batch.ids.shape[1], self.embed(batch.ids)
-        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        if source is None:
-            hidden = self.stack(x, causal, batch.padding, is_causal=True)
-        else:
-            hidden = self.stack(
-                self.embed(source.ids),
-                x,
-                tgt_mask=causal,
-                src_key_padding_mask=source.padding,
-                tgt_key_padding_mask=batch.padding,
-                memory_key_padding_mask=source.padding,
-                tgt_is_causal=True,
-            )
-        logits = F.linear(hidden, self.embedding.weight).flatten(0, 1)
-        return F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED)
-
-
-_NAMES = (
-    (r"^embedding\.tokens", "embedding"),
-    (r"^blocks", "stack.layers"),
-    (r"^(en|de)coder", r"stack.\1coder.layers"),
-    (r"cross_attention\.out_proj", "multihead_attn.out_proj"),
-    (r"cross_attention\.(q|kv)_proj\.", "multihead_attn.in_proj_"),
-    (r"attention\.out_proj", "self_attn.out_proj"),
-    (r"attention\.in_proj\.", "self_attn.in_proj_"),
-    (r"(decoder.*)feed_forward_norm", r"\1norm3"),
-    (r"cross_attention_norm|feed_forward_norm", "norm2"),
-    (r"attention_norm", "norm1"),
-    (r"feed_forward\.", ""),
-)
-
-
-def as_torch(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return our named weights, or their gradients, with the names and shapes of torch.nn."""
-    parts: dict[str, list[Tensor]] = {}
-    for name, tensor in ours.items():
-        for pattern, replacement in _NAMES:
-            name = re.sub(pattern, replacement, name)
-        parts.setdefault(name, []).append(tensor)
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}  # queries, keys and values
 
 
 def run(quick: bool, device: str, dtype: torch.dtype) -> list[Row]:
@@ -135,9 +64,7 @@ def _case(
     model = kind(config).to(device, dtype)
     target = Padded(batch, length, config.vocab_size, device)
     source = Padded(batch, length, config.vocab_size, device) if kind is EncoderDecoder else None
-    twin = TorchTransformer(config, model.embedding.positions.clone(), source is not None)
-    twin.load_state_dict({**as_torch(model.state_dict()), "table": twin.table})
-    twin = twin.to(device, dtype)
+    twin = PlainModel(model)
 
     def fused() -> Result:
         ids, positions, targets, where = target.packed()
@@ -150,8 +77,9 @@ def _case(
             loss = model.loss(*sources, ids, positions, targets, where)
         return (loss.detach(), *torch.autograd.grad(loss, list(model.parameters())))
 
-    def plain(twin: TorchTransformer = twin) -> Result:
-        loss = twin.loss(target, source)
+    def plain(twin: PlainModel = twin) -> Result:
+        sources = (source.ids, source.padding) if source else ()
+        loss = twin.loss(target.ids, target.targets, target.padding, *sources)
         return (loss.detach(), *torch.autograd.grad(loss, list(twin.parameters())))
 
     def fused_as_torch() -> Result:

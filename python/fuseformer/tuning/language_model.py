@@ -61,10 +61,11 @@ class TunedModel:
             pairs.append((self._source(ids[:begin]), ids[begin:]))
         bos = self.tokenizer.bos_id
         sources = pack_ids([source for source, _ in pairs], model.device)
-        written = pack_ids([[bos, *target[:-1]] for _, target in pairs], model.device)
+        inputs, positions, where = pack_ids(
+            [[bos, *target[:-1]] for _, target in pairs], model.device
+        )
         targets = pack_ids([target for _, target in pairs], model.device)[0]
         with evaluating(model):
-            ids, positions, where = written
-            losses = model.loss(*sources, ids, positions, targets, where, reduction="none")
+            losses = model.loss(*sources, inputs, positions, targets, where, reduction="none")
         sums = per_sequence_sum(losses.double(), where).tolist()
         return [(nll, len(target)) for nll, (_, target) in zip(sums, pairs, strict=True)]

@@ -162,7 +162,9 @@ def merged(base: Recipe, changes: Mapping[str, Any], where: str) -> Recipe:
     for name in changes:
         if name not in known:
             raise ValueError(f"{where}: unknown field {name!r}, expected some of {sorted(known)}")
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()}
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()
+    }
     try:
         return replace(base, **values)
     except ValueError as error:

@@ -103,7 +103,7 @@ class Run:
     def save(
         self,
         step: int,
-        model: nn.Module,
+        model: Any,
         tokenizer: Tokenizer,
         optimizer: torch.optim.Optimizer,
         numbers: dict[str, Any],

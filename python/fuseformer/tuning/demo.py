@@ -1,0 +1,240 @@
+"""The demonstration: pretrain, tune, judge before and after, compare, report, in minutes on a CPU.
+
+Every figure comes from this run. The sizes below are what fits the time; nothing else differs from
+what `fuseformer pretrain`, `tune` and `evaluate` do.
+"""
+
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fuseformer.models.causal_lm import CausalLM
+from fuseformer.tuning.attention_map import sharpest_map
+from fuseformer.tuning.commands import new_model
+from fuseformer.tuning.comparison import compare_with_torch
+from fuseformer.tuning.dataset import Split, build_split
+from fuseformer.tuning.evaluation import Evaluation, evaluate
+from fuseformer.tuning.instructions import encode_prompt
+from fuseformer.tuning.language_model import TunedModel
+from fuseformer.tuning.objectives import make_objective
+from fuseformer.tuning.recipe import Recipe
+from fuseformer.tuning.recurrent import RecurrentResult, train_recurrent
+from fuseformer.tuning.report import Example, comparison_rows, table, write_report
+from fuseformer.tuning.runs import Run
+from fuseformer.tuning.tasks import CLASSIFICATION, DEFAULT_TASKS
+from fuseformer.tuning.tokenizer import Tokenizer
+from fuseformer.tuning.train import train
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the demonstration trains, and how many held-out records it answers."""
+
+    pretrain: Recipe
+    tune: Recipe
+    held_out_per_task: int
+    generate_limit: int
+    baseline_seconds: float
+    timed_records: int
+
+
+_SIZES = Recipe(
+    width=128,
+    layers=4,
+    hidden=512,
+    max_length=256,
+    tokens_per_batch=2048,
+    save_every=250,
+    truncation="input",
+    device="cpu",
+)
+FULL = Sizes(
+    pretrain=replace(_SIZES, steps=500, learning_rate=3e-3),
+    tune=replace(_SIZES, steps=400, learning_rate=2e-3, weighting="record", seed=1),
+    held_out_per_task=320,
+    generate_limit=100,
+    baseline_seconds=60.0,
+    timed_records=32,
+)
+_TINY = replace(_SIZES, width=32, layers=1, hidden=64, vocab_size=1024, train_per_task=80)
+QUICK = Sizes(
+    pretrain=replace(_TINY, steps=12),
+    tune=replace(_TINY, steps=8, weighting="record", seed=1),
+    held_out_per_task=8,
+    generate_limit=2,
+    baseline_seconds=3.0,
+    timed_records=8,
+)
+
+
+class _Clock:
+    """Says what begins, and remembers how long each stage took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _fresh(folder: Path, recipe: Recipe) -> Run:
+    """Return a new run in `folder`, in the place of one of an earlier demonstration."""
+    if (folder / "recipe.toml").exists():
+        shutil.rmtree(folder)
+    return Run.create(folder, recipe)
+
+
+def run_demo(folder: Path, quick: bool = False) -> str:
+    """Run the demonstration; return its table and where everything is.
+
+    Leaves the runs `pretrain` and `tune`, which the other commands take, and `report.html` in
+    `folder`. Raises `ValueError` as the commands do, and where a signal ends a stage early.
+    """
+    sizes, clock = QUICK if quick else FULL, _Clock()
+    begin = time.perf_counter()
+    with clock.stage("collecting text"):
+        split = build_split(
+            held_out_per_task=sizes.held_out_per_task, train_per_task=sizes.tune.train_per_task
+        )
+        texts = [document.text for document in split.corpus]
+        tokenizer = Tokenizer.train(texts, sizes.pretrain.vocab_size)
+    model = cast(CausalLM, new_model(sizes.pretrain, tokenizer))
+    runs = {name: _fresh(folder / name, getattr(sizes, name)) for name in ("pretrain", "tune")}
+    with clock.stage("pretraining"):
+        examples = make_objective(sizes.pretrain, tokenizer).from_documents(
+            texts, sizes.pretrain.max_length
+        )
+        _train(model, tokenizer, examples, sizes.pretrain, runs["pretrain"])
+    with clock.stage("judging the pretrained model"):
+        before = _judge(model, tokenizer, split, sizes)
+    with clock.stage("tuning"):
+        objective = make_objective(sizes.tune, tokenizer)
+        records = objective.from_records(
+            split.train, sizes.pretrain.max_length, sizes.tune.truncation
+        )
+        _train(model, tokenizer, records, sizes.tune, runs["tune"])
+    with clock.stage("judging the tuned model"):
+        after = _judge(model, tokenizer, split, sizes)
+    with clock.stage("training the LSTM baseline"):
+        baseline = train_recurrent(
+            split.of_task(CLASSIFICATION),
+            split.of_task(CLASSIFICATION, "held_out"),
+            tokenizer,
+            tokenizer.vocab_size,
+            max_seconds=sizes.baseline_seconds,
+        )
+    with clock.stage("timing against torch.nn"):
+        comparison = compare_with_torch(model, records[: sizes.timed_records])
+    rows = comparison_rows(before, after, {CLASSIFICATION: baseline.accuracy})
+    shown = _examples(before, after)
+    subject = split.of_task(CLASSIFICATION, "held_out")[0]
+    write_report(
+        folder / "report.html",
+        title="A small Transformer, pretrained and tuned on Python's own documentation",
+        summary=_summary(model, tokenizer, split, sizes),
+        counts=_counts(after, split),
+        rows=rows,
+        curves={name: [line["loss"] for line in run.read_log()] for name, run in runs.items()},
+        examples=shown,
+        attention=sharpest_map(model, tokenizer, encode_prompt(subject, tokenizer)),
+        comparison=comparison,
+        facts=_facts(clock, baseline, sizes),
+    )
+    seconds = time.perf_counter() - begin
+    lines = [table(rows), ""]
+    for example in shown:
+        lines += [f"{example.task}: {example.prompt}", f"    wanted:     {example.wanted}"]
+        lines += [f"    pretrained: {example.before}", f"    tuned:      {example.after}", ""]
+    lines += [
+        f"a training step on packed tokens: {comparison.speedup:.2f}x as fast as torch.nn's",
+        f"report: {folder / 'report.html'}",
+        f'try: fuseformer generate {folder / "tune"} --instruction "Translate to French." '
+        '--input "Open file"',
+        f"{seconds:.0f} seconds in all",
+    ]
+    return "\n".join(lines)
+
+
+def _train(
+    model: CausalLM, tokenizer: Tokenizer, examples: Sequence[Any], recipe: Recipe, run: Run
+) -> None:
+    objective = make_objective(recipe, tokenizer)
+    outcome = train(model, tokenizer, objective, examples, recipe, run, title=run.folder.name)
+    if outcome.interrupted:
+        # The message about the checkpoint is out; what a demonstration lacks cannot be resumed.
+        raise SystemExit(0)
+
+
+def _judge(model: CausalLM, tokenizer: Tokenizer, split: Split, sizes: Sizes) -> Evaluation:
+    return evaluate(
+        TunedModel(model, tokenizer),
+        tokenizer,
+        split.held_out,
+        max_length=sizes.pretrain.max_length,
+        max_new_tokens=32,
+        generate_limit=sizes.generate_limit,
+        language=sizes.tune.language,
+    )
+
+
+def _examples(before: Evaluation, after: Evaluation, per_task: int = 2) -> list[Example]:
+    """Return the first held-out records of each task with both answers, unselected."""
+    return [
+        Example(
+            task.replace("_", " "),
+            f"{new.record.instruction} {new.record.input}".strip(),
+            new.record.output,
+            old.text,
+            new.text,
+        )
+        for task in after.answers
+        for old, new in list(zip(before.answers[task], after.answers[task], strict=True))[:per_task]
+    ]
+
+
+def _summary(model: CausalLM, tokenizer: Tokenizer, split: Split, sizes: Sizes) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    config = model.config
+    return (
+        f"A causal language model of {parameters:,} parameters ({config.layers} post-LN blocks of "
+        f"width {config.width}, {tokenizer.vocab_size:,} tokens) read {len(split.corpus):,} "
+        f"documents in {sizes.pretrain.steps:,} steps, and was then tuned in {sizes.tune.steps:,} "
+        f"steps on {len(split.train):,} instructions of {len(DEFAULT_TASKS)} tasks, with a loss on "
+        "the answers alone, on packed batches."
+    )
+
+
+def _counts(after: Evaluation, split: Split) -> str:
+    parts = [
+        f"{len(answers)} of {len(split.of_task(task, 'held_out'))} for {task.replace('_', ' ')}"
+        for task, answers in after.answers.items()
+    ]
+    return f"Records answered: {', '.join(parts)}; all of them for perplexity."
+
+
+def _facts(clock: _Clock, baseline: RecurrentResult, sizes: Sizes) -> list[tuple[str, str]]:
+    facts = [(name, f"{seconds:.0f} s") for name, seconds in clock.seconds.items()]
+    facts += [
+        (
+            "LSTM baseline",
+            f"{baseline.parameters:,} parameters, best of {baseline.epochs} epochs "
+            f"({baseline.best_epoch}) by validation, {baseline.validation_accuracy:.1f} % there",
+        ),
+        ("learning rates", f"{sizes.pretrain.learning_rate:g}, then {sizes.tune.learning_rate:g}"),
+        ("PyTorch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("Python", platform.python_version()),
+        ("machine", f"{platform.system()} {platform.machine()}"),
+    ]
+    return facts
