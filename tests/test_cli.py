@@ -1,12 +1,63 @@
+"""The command line, as a user types it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
+from tiny_runs import RECIPE_FLAGS, write_corpus, write_records
 
 from fuseformer._version import __version__
 from fuseformer.cli import main
+from fuseformer.tuning.runs import Run
+
+
+def refused(capsys, *arguments):
+    """Run a command that must fail with one line and status 2; return the line."""
+    assert main([str(a) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err.strip()
+
+
+def run(*arguments):
+    assert main([str(a) for a in arguments]) == 0
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    return write_records(tmp_path_factory.mktemp("records") / "records.jsonl")
+
+
+@pytest.fixture(scope="module")
+def pretrained(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "pretrained"
+    run("pretrain", "--output", folder, "--corpus", corpus, *RECIPE_FLAGS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained, records, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tuned"
+    run(
+        *("tune", "--model", pretrained, "--output", folder, "--records", records),
+        *("--held-out", records, "--steps", 100, "--learning-rate", 0.005, "--weighting", "record"),
+        *("--tokens-per-batch", 400, "--save-every", 100),
+    )
+    return folder
 
 
 def test_info_names_versions_and_why_a_backend_cannot_run(capsys):
-    assert main(["info"]) == 0
+    run("info")
     text = capsys.readouterr().out
     assert f"fuseformer {__version__}" in text
     assert torch.__version__.split("+")[0] in text
@@ -14,9 +65,168 @@ def test_info_names_versions_and_why_a_backend_cannot_run(capsys):
     assert "triton       no: Triton kernels do not run on cpu tensors" in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["sing"], ["info", "--loud"]])
+@pytest.mark.parametrize("arguments", [[], ["sing"], ["info", "--loud"], ["pretrain"]])
 def test_bad_command_lines_exit_with_2_and_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     assert "usage: fuseformer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["info", "pretrain", "tune", "evaluate", "generate", "demo"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: fuseformer {command}" in text
+    if command in ("pretrain", "tune"):
+        assert re.search(r"--learning-rate FLOAT\s+highest learning rate \(default: 0.001\)", text)
+
+
+def test_info_needs_nothing_of_the_tune_extra():
+    code = (
+        "import sys\n"
+        "blocked = ('tokenizers', 'safetensors', 'sacrebleu', 'rouge_score', 'tqdm', 'jinja2')\n"
+        "sys.modules.update(dict.fromkeys(blocked))\n"
+        "from fuseformer.cli import main\n"
+        "assert main(['info']) == 0\n"
+        "sys.exit(main(['generate', 'nowhere', 'text']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert 'pip install "fuseformer[tune]"' in done.stderr
+
+
+def test_pretrain_then_generate_and_evaluate(pretrained, capsys, tmp_path):
+    capsys.readouterr()
+    run("generate", pretrained, "the quick", "--max-new-tokens", 5)
+    text = capsys.readouterr().out
+    assert text.startswith("the quick")
+    sampled = ("--temperature", 2.0, "--top-k", 50, "--top-p", 0.9, "--seed", 7)
+    outputs = []
+    for _ in range(2):
+        run("generate", pretrained, "the quick", "--max-new-tokens", 5, *sampled)
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != text
+    figures = tmp_path / "figures.json"
+    run("evaluate", pretrained, "--json", figures)
+    assert "held-out documents perplexity" in capsys.readouterr().out
+    metrics = json.loads(figures.read_text())["metrics"]
+    assert 1 < metrics["held-out documents"]["perplexity"] < 300
+
+
+def test_tuning_learns_its_records(tuned, records, capsys, tmp_path):
+    capsys.readouterr()
+    run("evaluate", tuned, "--json", tmp_path / "own.json")
+    assert "classification accuracy" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "own.json").read_text())["metrics"]["classification"]
+    assert metrics["accuracy"] > 90  # half of it is chance
+    run("generate", tuned, "--instruction", "Which?", "--input", "owl lazy")
+    assert capsys.readouterr().out.strip() in ("first", "second")
+
+
+def test_resume_goes_on_and_keeps_its_recipe(corpus, pretrained, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run("pretrain", "--output", folder, "--corpus", corpus, *RECIPE_FLAGS)
+    for path in Run(folder).latest().iterdir():
+        path.unlink()
+    Run(folder).latest().rmdir()
+    assert Run(folder).latest().name == "step-00000009"
+    run("pretrain", "--output", folder, "--resume")
+    assert Run(folder).latest().name == "step-00000012"
+    ours, theirs = (
+        [(line["step"], line["loss"]) for line in Run(f).read_log()] for f in (folder, pretrained)
+    )
+    assert ours == theirs
+    capsys.readouterr()
+    line = refused(capsys, "pretrain", "--output", folder, "--resume", "--steps", 99)
+    assert "steps: a resumed run keeps its recipe, 12 here" in line
+
+
+@pytest.mark.parametrize("objective", ["masked", "seq2seq"])
+def test_other_objectives_train_and_are_judged(objective, corpus, records, tmp_path, capsys):
+    folder = tmp_path / "run"
+    flags = ("--objective", objective, "--output", folder, *RECIPE_FLAGS)
+    run("pretrain", "--corpus", corpus, *flags)
+    run("evaluate", folder)
+    assert "held-out documents perplexity" in capsys.readouterr().out
+    if objective == "masked":
+        line = refused(
+            capsys, *("tune", "--model", folder, "--output", tmp_path / "t"),
+            *("--objective", "masked", "--records", records),
+        )  # fmt: skip
+        assert "cannot answer instructions" in line
+        assert "cannot write" in refused(capsys, "generate", folder, "the")
+        return
+    run(
+        *("tune", "--model", folder, "--output", tmp_path / "t", "--objective", objective),
+        *("--records", records, "--held-out", records, "--steps", 5),
+    )
+    run("evaluate", tmp_path / "t", "--limit", 4)
+    assert "classification accuracy" in capsys.readouterr().out
+    run("generate", tmp_path / "t", "--instruction", "Which?", "--input", "fox")
+
+
+def test_what_a_user_gets_wrong_is_one_line(corpus, records, pretrained, tmp_path, capsys):
+    capsys.readouterr()
+    out = ("--output", tmp_path / "new")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": 3}\n')
+    assert "bad.jsonl, line 2" in refused(capsys, "pretrain", *out, "--corpus", bad)
+    bad.write_text('{"instruction": "a", "output": "b", "task": "c"}\nnonsense\n')
+    assert "bad.jsonl, line 2: not JSON" in refused(capsys, "tune", *out, "--records", bad)
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    assert "no text in" in refused(capsys, "pretrain", *out, "--corpus", empty)
+    line = refused(capsys, "pretrain", "--output", pretrained, "--corpus", corpus, *RECIPE_FLAGS)
+    assert "holds a run already; pass --resume" in line
+    assert "no checkpoint of a run" in refused(
+        capsys, "pretrain", "--output", tmp_path / "none", "--resume"
+    )
+    line = refused(capsys, "tune", *out, "--model", pretrained, "--width", 64)
+    assert "width: got 64, but the model has 16" in line
+    line = refused(
+        capsys, "tune", *out, "--model", pretrained, "--objective", "seq2seq", "--records", records
+    )
+    assert "holds a CausalLM" in line
+    line = refused(capsys, "generate", pretrained, "the " * 50)
+    assert "has room for" in line
+    line = refused(capsys, "pretrain", *out, "--corpus", corpus, "--device", "cuda:77")
+    assert "device: got 'cuda:77'" in line
+    assert "temperature: got -1" in refused(
+        capsys, *("generate", pretrained, "a", "--temperature", -1, "--max-new-tokens", 2)
+    )
+    recipe = tmp_path / "bad.toml"
+    recipe.write_text("stepz = 1\n")
+    assert "unknown field 'stepz'" in refused(capsys, "pretrain", *out, "--recipe", recipe)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_record_longer_than_the_model_is_refused_or_cut(pretrained, tmp_path, capsys):
+    record = {"instruction": "Which?", "input": "fox " * 60, "output": "a", "task": "t"}
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    flags = ("--model", pretrained, "--records", path, "--steps", 2)
+    line = refused(capsys, "tune", *flags, "--output", tmp_path / "a")
+    assert "tokens, the model takes" in line
+    run("tune", *flags, "--output", tmp_path / "b", "--truncation", "input")
+
+
+def test_damaged_checkpoints_are_named(pretrained, tmp_path, capsys):
+    for name, damage in (
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-7])),
+        ("config.json", lambda path: path.write_text('{"kind": "something else"}')),
+        ("tokenizer.json", lambda path: path.write_text("{}")),
+        ("model.safetensors", lambda path: path.unlink()),
+    ):
+        copy = tmp_path / "copy"
+        shutil.copytree(pretrained, copy)
+        damage(Run(copy).latest() / name)
+        assert name in refused(capsys, "generate", copy, "the", "--max-new-tokens", 2)
+        shutil.rmtree(copy)
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for():
+    with pytest.raises(ValueError, match="no such folder"):
+        main(["--traceback", "generate", "nowhere", "text"])

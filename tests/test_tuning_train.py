@@ -1,9 +1,11 @@
 """The training loop: what it computes, and what it survives."""
 
+import itertools
 import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,7 +73,7 @@ def test_the_rate_rises_then_falls_to_its_end():
     assert rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55)  # halfway down
     assert rates[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_vectors_are_not_decayed():
@@ -278,8 +280,6 @@ def _one_batch(objective, model, examples, weighting):
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, whole):
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     state = Run(folder).latest() / "training.safetensors"

@@ -122,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("prompt", nargs="?", help="text to continue (default: standard input)")
     own.add_argument("--instruction", help="instruction to answer, in the template of tuning")
     own.add_argument("--input", default="", help="what the instruction is about")
-    own.add_argument("--max-new-tokens", type=int, default=60)
+    own.add_argument(
+        "--max-new-tokens", type=int, help="default: 60, or what the model has room for"
+    )
     own.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     own.add_argument("--top-k", type=int, help="draw from the K likeliest tokens")
     own.add_argument("--top-p", type=float, help="draw from the likeliest tokens that add up to P")

@@ -2,7 +2,10 @@
 
 import json
 import random
+from dataclasses import fields
 from pathlib import Path
+
+import torch
 
 from fuseformer.tuning.objectives import make_objective
 from fuseformer.tuning.recipe import Recipe
@@ -10,7 +13,20 @@ from fuseformer.tuning.runs import Run, load_tuned
 from fuseformer.tuning.tokenizer import Tokenizer
 from fuseformer.tuning.train import Outcome, train
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls read books".split()
+WORDS = (
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "owls",
+    "read",
+)
 RECIPE = Recipe(
     vocab_size=300,
     width=16,
@@ -22,13 +38,16 @@ RECIPE = Recipe(
     steps=12,
     save_every=3,
     warmup_steps=2,
+    held_out_share=0.1,
+    learning_rate=0.01,
     device="cpu",
 )
 RECIPE_FLAGS = [
     word
-    for name in ("vocab_size", "width", "heads", "layers", "hidden", "max_length", "steps")
-    for word in (f"--{name.replace('_', '-')}", str(getattr(RECIPE, name)))
-] + ["--tokens-per-batch", "160", "--save-every", "3", "--warmup-steps", "2", "--device", "cpu"]
+    for spec in fields(Recipe)
+    if getattr(RECIPE, spec.name) != getattr(Recipe(), spec.name)
+    for word in (f"--{spec.name.replace('_', '-')}", str(getattr(RECIPE, spec.name)))
+]
 
 
 def texts(count: int = 60, seed: int = 0) -> list[str]:
@@ -47,7 +66,7 @@ def write_records(path: Path, count: int = 40) -> Path:
     for index in range(count):
         label = ("first", "second")[index % 2]
         word = ("fox", "owl")[index % 2]
-        text = " ".join([*draw.choices(WORDS, k=4), word])
+        text = f"{word} {draw.choice(WORDS)}"
         lines.append({"instruction": "Which?", "input": text, "output": label})
     for line in lines:
         line["task"] = "classification"
@@ -59,13 +78,10 @@ def start(folder: Path, recipe: Recipe = RECIPE, **options) -> Outcome:
     """Train a new model in `folder`."""
     tokenizer = Tokenizer.train(texts(), recipe.vocab_size)
     objective = make_objective(recipe, tokenizer)
-    import torch
-
     torch.manual_seed(recipe.seed)
     model = objective.new_model(recipe.model_config(tokenizer.vocab_size))
     examples = objective.from_documents(texts(), recipe.max_length)
-    run = Run.create(folder, recipe)
-    return train(model, tokenizer, objective, examples, recipe, run, **options)
+    return train(model, tokenizer, objective, examples, recipe, Run(folder), **options)
 
 
 def resume(folder: Path) -> Outcome:

@@ -32,6 +32,8 @@ from fuseformer.tuning.splitting import is_held_out, normalised
 from fuseformer.tuning.tokenizer import Tokenizer
 from fuseformer.tuning.train import Outcome, resolve_device, train
 
+#: What `generate` writes at most, unless told otherwise.
+NEW_TOKENS = 60
 _MODEL_FIELDS = tuple(spec.name for spec in fields(ModelConfig))
 
 
@@ -89,6 +91,14 @@ def with_model_sizes(recipe: Recipe, model: Any, given: Mapping[str, Any] | None
     return replace(recipe, **sizes)
 
 
+def _new_run(folder: Path, recipe: Recipe) -> Run:
+    """Return a run in `folder`, refusing what would be found out minutes later otherwise."""
+    run = Run(folder)
+    run.check_unused()
+    resolve_device(recipe.device)
+    return run
+
+
 def _reopen(folder: Path, given: Mapping[str, Any]) -> tuple[Run, Recipe, Path, Any, Tokenizer]:
     """Return a run to go on with, its recipe, newest checkpoint, model and tokenizer."""
     run = Run(folder)
@@ -111,10 +121,10 @@ def pretrain(recipe: Recipe, given: Mapping[str, Any], folder: Path, resume: boo
         run, recipe, checkpoint, model, tokenizer = _reopen(folder, given)
         texts, _ = corpus_texts(recipe)
     else:
+        run = _new_run(folder, recipe)
         texts, _ = corpus_texts(recipe)
         tokenizer = Tokenizer.train(texts, recipe.vocab_size)
         model = new_model(recipe, tokenizer)
-        run = Run.create(folder, recipe)
     objective = make_objective(recipe, tokenizer)
     examples = objective.from_documents(texts, recipe.max_length)
     return train(
@@ -135,10 +145,12 @@ def tune(
         run, recipe, checkpoint, model, tokenizer = _reopen(folder, given)
         records = training_records(recipe)
     elif base is not None:
+        run = _new_run(folder, recipe)
         model, tokenizer, _ = load_tuned(base)
         recipe = with_model_sizes(recipe, model, given)
         records = training_records(recipe)
     else:
+        run = _new_run(folder, recipe)
         records = training_records(recipe)
         texts = [t for r in records for t in (r.instruction, r.input, r.output)]
         tokenizer = Tokenizer.train(texts, recipe.vocab_size)
@@ -151,8 +163,6 @@ def tune(
         )
     truncation = None if recipe.truncation == "error" else recipe.truncation
     examples = objective.from_records(records, recipe.max_length, truncation)
-    if not resume:
-        run = Run.create(folder, recipe)
     return train(
         model, tokenizer, objective, examples, recipe, run, resume=checkpoint, title="tune"
     )
@@ -251,20 +261,25 @@ def generate_text(
     prompt: str | None,
     instruction: str | None,
     input: str,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     seed: int,
     device: str,
 ) -> str:
-    """Return what a checkpoint writes after a prompt, or in answer to an instruction."""
+    """Return what a checkpoint writes after a prompt, or in answer to an instruction.
+
+    At most `max_new_tokens`, which default to `NEW_TOKENS`, or fewer where the model has less room.
+    """
     model, tokenizer, _ = load_tuned(path, str(resolve_device(device)))
     tuned = TunedModel(model, tokenizer)
     text = DEFAULT_TEMPLATE.prompt(instruction, input) if instruction is not None else prompt
     if text is None:
         text = sys.stdin.read().rstrip("\n")
     ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(NEW_TOKENS, tuned.max_length - len(ids)))
     room = tuned.max_length - max_new_tokens
     if len(ids) > room:
         raise ValueError(

@@ -89,11 +89,11 @@ class _Clock:
         self.seconds[name] = time.perf_counter() - start
 
 
-def _fresh(folder: Path, recipe: Recipe) -> Run:
-    """Return a new run in `folder`, in the place of one of an earlier demonstration."""
+def _fresh(folder: Path) -> Run:
+    """Return a run in `folder`, from which one of an earlier demonstration is removed."""
     if (folder / "recipe.toml").exists():
         shutil.rmtree(folder)
-    return Run.create(folder, recipe)
+    return Run(folder)
 
 
 def run_demo(folder: Path, quick: bool = False) -> str:
@@ -111,7 +111,7 @@ def run_demo(folder: Path, quick: bool = False) -> str:
         texts = [document.text for document in split.corpus]
         tokenizer = Tokenizer.train(texts, sizes.pretrain.vocab_size)
     model = cast(CausalLM, new_model(sizes.pretrain, tokenizer))
-    runs = {name: _fresh(folder / name, getattr(sizes, name)) for name in ("pretrain", "tune")}
+    runs = {name: _fresh(folder / name) for name in ("pretrain", "tune")}
     with clock.stage("pretraining"):
         examples = make_objective(sizes.pretrain, tokenizer).from_documents(
             texts, sizes.pretrain.max_length

@@ -65,20 +65,24 @@ class Run:
         self.folder = Path(folder)
         self.log = self.folder / "metrics.jsonl"
 
-    @classmethod
-    def create(cls, folder: str | Path, recipe: Recipe) -> "Run":
-        """Make the folder of a new run; raises `ValueError` where it holds one already."""
-        run = cls(folder)
-        if run.checkpoints():
+    def check_unused(self) -> None:
+        """Raise `ValueError` where the folder holds a run already."""
+        if self.checkpoints():
             raise ValueError(
-                f"output: {folder} holds a run already; pass --resume to go on with it, or name "
-                "another folder"
+                f"output: {self.folder} holds a run already; pass --resume to go on with it, or "
+                "name another folder"
             )
-        (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        run.log.unlink(missing_ok=True)
+
+    def create(self, recipe: Recipe) -> None:
+        """Make the folder and write the recipe; raises `ValueError` where it holds a run already.
+
+        What a run without a checkpoint left there is overwritten.
+        """
+        self.check_unused()
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.log.unlink(missing_ok=True)
         text = recipe.to_toml().encode()
-        write_atomically(run.folder / "recipe.toml", lambda file: file.write(text))
-        return run
+        write_atomically(self.folder / "recipe.toml", lambda file: file.write(text))
 
     @property
     def recipe(self) -> Recipe:

@@ -145,7 +145,7 @@ def train(
     resume: Path | None = None,
     title: str = "training",
 ) -> Outcome:
-    """Train `model` on `examples` as `recipe` says, keeping log and checkpoints in `run`.
+    """Train `model` on `examples` as `recipe` says, keeping log and checkpoints in a new `run`.
 
     `resume` is the checkpoint of this run whose weights `model` has: its optimizer, data order and
     random generators go on as if nothing had happened, so that on a CPU the losses are the same to
@@ -164,6 +164,7 @@ def train(
     )
     step = tokens = 0
     if resume is None:
+        run.create(recipe)
         torch.manual_seed(recipe.seed)
         last = None
     else:
