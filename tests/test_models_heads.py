@@ -125,6 +125,12 @@ def test_best_spans_equal_those_found_by_looking_at_all(max_length, restricted):
             assert float(found.scores[n]) == pytest.approx(score)
 
 
+def test_empty_sequences_have_no_span():
+    found = best_spans(torch.empty(0), torch.empty(0), pack_ids([[], []])[2])
+    assert found.starts.tolist() == found.ends.tolist() == [-1, -1]
+    assert found.scores.tolist() == [-torch.inf] * 2
+
+
 def test_answers_come_without_dropout():
     model = answerer()
     expected = best_spans(*model(*pack_ids(SEQUENCES)), pack_ids(SEQUENCES)[2], 3)
@@ -133,6 +139,19 @@ def test_answers_come_without_dropout():
     assert model.training
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("head", [classifier, lambda backbone: answerer()])
+def test_the_dropout_of_a_head_acts_in_training_alone(head):
+    model = head(MaskedLM)
+
+    def first():
+        result = model(*pack_ids(SEQUENCES))
+        return result[0] if isinstance(result, tuple) else result
+
+    assert torch.equal(first(), first())
+    model.dropout.train()  # the backbone's stay off
+    assert not torch.equal(first(), first())
 
 
 def test_a_classifier_learns_what_only_a_token_tells():

@@ -143,9 +143,10 @@ def best_spans(
         head[better] = later[better]
         distance[: total - gap][better] = gap
     sums = start_scores + best
-    starts, ends = (torch.full_like(owners[:1], -1).repeat(len(where.lengths())) for _ in range(2))
-    scores = sums.new_full(starts.shape, -torch.inf)
-    for n, part in enumerate(sums.split(where.lengths().tolist())):
+    lengths = where.lengths().tolist()
+    starts, ends = owners.new_full((2, len(lengths)), -1)
+    scores = sums.new_full((len(lengths),), -torch.inf)
+    for n, part in enumerate(sums.split(lengths)):
         if len(part) and part.max() > -torch.inf:
             starts[n] = part.argmax()
             scores[n] = part.max()
