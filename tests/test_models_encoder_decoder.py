@@ -1,7 +1,9 @@
+import dataclasses
 import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 
 from fuseformer.models import EncoderDecoder, ModelConfig, Sequences, generate, pack_ids
@@ -183,6 +185,31 @@ def test_every_dropout_of_the_decoder_is_there(part):
     transformer.get_submodule(f"decoder.0.{part}").training = True
     arguments = (*pack_ids(SOURCES), *pack_ids(TARGETS))
     assert not torch.equal(transformer(*arguments), transformer(*arguments))
+
+
+def test_it_compiles_whole_and_a_new_length_compiles_nothing():
+    transformer = model(dataclasses.replace(CONFIG, layers=1))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(transformer, fullgraph=True, backend=counter)
+    for n in range(2, 6):
+        arguments = (
+            *pack_ids([[3] * n, [9] * (n + 2)]),
+            *pack_ids([[1] * (n + 1), list(range(n))]),
+        )
+        torch.testing.assert_close(compiled(*arguments), transformer(*arguments))
+    assert counter.frame_count <= 2  # for the first length, and for any
+
+
+def test_half_precision_by_autocast_reaches_loss_and_generation():
+    transformer = model().float().train()
+    input_ids, positions, where = pack_ids(TARGETS)
+    arguments = (*pack_ids(SOURCES), input_ids, positions, input_ids, where)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = transformer.loss(*arguments)
+        generated = generate(transformer, SOURCES, 4, start_id=1)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in transformer.parameters())
+    assert [len(g) for g in generated] == [4] * 3
 
 
 def test_an_empty_source_has_nothing_to_say():
