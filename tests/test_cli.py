@@ -12,7 +12,7 @@ from tiny_runs import RECIPE_FLAGS, write_corpus, write_records
 
 from fuseformer._version import __version__
 from fuseformer.cli import main
-from fuseformer.tuning.runs import Run
+from fuseformer.tuning.runs import Run, load_tuned
 
 
 def refused(capsys, *arguments):
@@ -124,6 +124,15 @@ def test_tuning_learns_its_records(tuned, records, capsys, tmp_path):
     assert metrics["accuracy"] > 90  # half of it is chance
     run("generate", tuned, "--instruction", "Which?", "--input", "owl lazy")
     assert capsys.readouterr().out.strip() in ("first", "second")
+
+
+def test_tuning_may_drop_more_than_pretraining_did(pretrained, records, tmp_path):
+    flags = ("--model", pretrained, "--records", records, "--steps", 1)
+    for name, given, expected in (("same", (), 0.1), ("more", ("--dropout", 0.4), 0.4)):
+        run("tune", *flags, *given, "--output", tmp_path / name)
+        model, _, _ = load_tuned(tmp_path / name)
+        assert model.config.dropout == Run(tmp_path / name).recipe.dropout == expected
+        assert model.embedding.dropout.p == expected
 
 
 def test_resume_goes_on_and_keeps_its_recipe(corpus, pretrained, tmp_path, capsys):

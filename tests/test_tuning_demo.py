@@ -173,13 +173,20 @@ def test_attention_maps_are_the_softmax_of_that_block():
         attention_maps(model, ids, 2)
 
 
-def test_better_means_lower_perplexity_and_higher_everything_else():
-    assert Row("t", "perplexity", 9.0, 3.0).better
-    assert not Row("t", "perplexity", 3.0, 9.0).better
-    assert Row("t", "bleu", 3.0, 9.0).better
-    assert not Row("t", "bleu", 3.0, 3.0).better
-    text = table([Row("t", "accuracy", 1.0, 2.0, 3.0)])
-    assert re.search(r"1\.0 +2\.0 +3\.0  better", text)
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "verdict"),
+    [
+        ("perplexity", 9.0, 3.0, "better"),
+        ("perplexity", 3.0, 9.0, "worse"),
+        ("bleu", 3.0, 9.0, "better"),
+        ("bleu", 9.0, 3.0, "worse"),
+        ("bleu", 3.0, 3.0, "same"),
+    ],
+)
+def test_better_means_lower_perplexity_and_higher_everything_else(metric, before, after, verdict):
+    row = Row("t", metric, before, after, 1.0)
+    assert row.verdict == verdict
+    assert re.search(rf"{before} +{after} +1\.0  {verdict}$", table([row]))
 
 
 def test_running_means():

@@ -5,13 +5,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from fuseformer.files import write_atomically
 from fuseformer.models.config import ModelConfig
+from fuseformer.models.language_model import TokenModel
 from fuseformer.models.modes import evaluating
 from fuseformer.tuning.batches import PackedSampler
 from fuseformer.tuning.corpora import read_documents
@@ -34,6 +35,7 @@ from fuseformer.tuning.train import Outcome, resolve_device, train
 
 #: What `generate` writes at most, unless told otherwise.
 NEW_TOKENS = 60
+AnyModel = TypeVar("AnyModel", bound=TokenModel)
 _MODEL_FIELDS = tuple(spec.name for spec in fields(ModelConfig))
 
 
@@ -79,16 +81,27 @@ def new_model(recipe: Recipe, tokenizer: Tokenizer) -> nn.Module:
     )
 
 
-def with_model_sizes(recipe: Recipe, model: Any, given: Mapping[str, Any] | None = None) -> Recipe:
-    """Return `recipe` with the sizes of a loaded model; raises `ValueError` where `given` differ.
+def with_dropout(model: AnyModel, dropout: float) -> AnyModel:
+    """Return a model of the same weights that trains with another dropout probability."""
+    if model.config.dropout == dropout:
+        return model
+    made = type(model)(replace(model.config, dropout=dropout)).to(model.device)
+    made.load_state_dict(model.state_dict())
+    return made
 
-    `vocab_size` is what a new vocabulary would get and is taken over without a word.
+
+def _adopt(recipe: Recipe, model: Any, given: Mapping[str, Any]) -> tuple[Recipe, Any]:
+    """Return the recipe with the sizes of a loaded model, and the model with the dropout given.
+
+    Raises `ValueError` where a size that was given is not the model's. `vocab_size` is what a new
+    vocabulary would get, and of no consequence here.
     """
+    model = with_dropout(model, given.get("dropout", model.config.dropout))
     sizes = {name: getattr(model.config, name) for name in _MODEL_FIELDS}
-    for name, value in (given or {}).items():
+    for name, value in given.items():
         if name != "vocab_size" and sizes.get(name, value) != value:
             raise ValueError(f"{name}: got {value}, but the model has {sizes[name]}")
-    return replace(recipe, **sizes)
+    return replace(recipe, **sizes), model
 
 
 def _new_run(folder: Path, recipe: Recipe) -> Run:
@@ -147,7 +160,7 @@ def tune(
     elif base is not None:
         run = _new_run(folder, recipe)
         model, tokenizer, _ = load_tuned(base)
-        recipe = with_model_sizes(recipe, model, given)
+        recipe, model = _adopt(recipe, model, given)
         records = training_records(recipe)
     else:
         run = _new_run(folder, recipe)

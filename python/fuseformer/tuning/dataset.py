@@ -9,6 +9,7 @@ from fuseformer.tuning.splitting import HeldOutText, is_held_out, normalised, st
 from fuseformer.tuning.tasks import (
     CLASSIFICATION,
     DEFAULT_TASKS,
+    INPUT_CHARACTERS,
     QUESTION_ANSWERING,
     SUMMARISATION,
     TASKS,
@@ -137,6 +138,9 @@ def _corpus(
         text = secret.without_leaks(item.text)
         if text:
             documents.append(Document(f"docstring:{item.path}", f"{item.path}\n{text}"))
+            # Also the other way round: what a text is about is learned from naming its owner.
+            opening = text[:INPUT_CHARACTERS]
+            documents.append(Document(f"named:{item.path}", f"{opening}\n{item.path}"))
     # The other language is read before it is to be written; the pairs themselves stay in the task.
     foreign = [pair.target for pair in pairs if not secret.leaks_into(pair.target)]
     documents += [

@@ -26,11 +26,12 @@ class Row:
     baseline: float | None = None
 
     @property
-    def better(self) -> bool:
-        """Whether tuning improved it."""
-        if self.metric in LOWER_IS_BETTER:
-            return self.after < self.before
-        return self.after > self.before
+    def verdict(self) -> str:
+        """What tuning did to it: "better", "worse" or "same"."""
+        if self.after == self.before:
+            return "same"
+        lower = self.metric in LOWER_IS_BETTER
+        return "better" if (self.after < self.before) == lower else "worse"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def table(rows: Sequence[Row]) -> str:
         baseline = "" if row.baseline is None else f"{row.baseline:.1f}"
         lines.append(
             f"{row.task:20} {row.metric:12} {row.before:11.1f} {row.after:9.1f} {baseline:>7}"
-            f"  {'better' if row.better else 'NOT better'}"
+            f"  {row.verdict}"
         )
     return "\n".join(lines)
 
@@ -120,7 +121,7 @@ def write_report(
                 "before": _figure(row.before),
                 "after": _figure(row.after),
                 "baseline": _figure(row.baseline),
-                "better": row.better,
+                "verdict": row.verdict,
             }
             for row in rows
         ],
