@@ -199,3 +199,56 @@ def test_errors_name_the_argument(argument, call):
         call = {**call, "value": call["key"]}
     with pytest.raises((ValueError, TypeError), match=f"^{argument}: got"):
         ours(**{"query": query, "key": key, "value": value, **call})
+
+
+def test_weights_in_training_are_those_after_dropout():
+    """As in PyTorch: the output is what the returned weights make of the values."""
+    ours = ff.nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5, dtype=torch.float64)
+    query, key, value = make_inputs(ours)
+    out, weights = ours(query, key, value, average_attn_weights=False)
+    assert (weights == 0).any()
+    v = torch.nn.functional.linear(value, ours.in_proj_weight[2 * WIDTH :])  # biases start at 0
+    v = v.view(KEYS, BATCH, HEADS, WIDTH // HEADS).permute(1, 2, 0, 3)
+    expected = ours.out_proj((weights @ v).permute(2, 0, 1, 3).flatten(2))
+    torch.testing.assert_close(out, expected)
+    torch.manual_seed(5)
+    out = ours(query, key, value)[0]
+    torch.manual_seed(5)  # the same elements are dropped whether weights are asked for or not
+    torch.testing.assert_close(ours(query, key, value, need_weights=False)[0], out)
+
+
+def test_masks_that_together_hide_a_row():
+    """The padding hides some keys, the additive mask the others."""
+    _, ours = pair(batch_first=True)
+    hidden = torch.zeros(BATCH, KEYS, dtype=torch.bool)
+    hidden[0, :3] = True
+    added = torch.zeros(QUERIES, KEYS, dtype=torch.float64)
+    added[1, 3:] = -torch.inf
+    for need in (True, False):
+        call = {"key_padding_mask": hidden, "attn_mask": added, "need_weights": need}
+        out, weights, *gradients = run(ours, make_inputs(ours, True), **call)
+        torch.testing.assert_close(out[0, 1], ours.out_proj.bias)
+        assert weights is None or not weights[0, 1].any()
+        assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_as_in_torch():
+    theirs, ours = (
+        m(8, 2, batch_first=True).eval() for m in (torch.nn.MultiheadAttention, type(pair()[1]))
+    )
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    with torch.no_grad():
+        expected = theirs(x, x, x, need_weights=False)[0].to_padded_tensor(0)
+        torch.testing.assert_close(
+            ours(x, x, x, need_weights=False)[0].to_padded_tensor(0), expected
+        )
+    with pytest.raises(ValueError, match=r"^query: got a nested tensor"):
+        ours(x, torch.randn(2, 5, 8), torch.randn(2, 5, 8))
+
+
+def test_second_derivatives():
+    ours = ff.nn.MultiheadAttention(4, 2, dtype=torch.float64)
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: ours(x, x, x, need_weights=False)[0], x)

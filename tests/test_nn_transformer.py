@@ -1,12 +1,14 @@
 """Encoder, decoder and Transformer against `torch.nn`: values, gradients, masks, weights."""
 
 import copy
+import inspect
 import itertools
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 
 import fuseformer as ff
 
@@ -174,3 +176,123 @@ def test_unknown_activation_and_wrong_width_raise():
     layer = ff.nn.TransformerDecoderLayer(WIDTH, HEADS, HIDDEN)
     with pytest.raises(ValueError, match=r"^query: got width"):
         layer(torch.zeros(TARGET, BATCH, WIDTH + 1), torch.zeros(SOURCE, BATCH, WIDTH))
+
+
+@pytest.mark.parametrize("package", [torch.nn, ff.nn])
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_and_stacks_mix(package, training):
+    """A layer of ours in PyTorch's stack, and PyTorch's layer in ours, in its fast path too."""
+    other = ff.nn if package is torch.nn else torch.nn
+    torch.manual_seed(0)
+    layer = other.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+    mixed = package.TransformerEncoder(layer, 2)
+    plain = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True), 2
+    )
+    plain.load_state_dict(mixed.state_dict())
+    mixed.train(training)
+    plain.train(training)
+    source, mask = torch.randn(BATCH, SOURCE, 8), padding(SOURCE)
+    with torch.set_grad_enabled(training):
+        for call in ({}, {"src_key_padding_mask": mask}, {"mask": square(SOURCE, torch.float32)}):
+            out, expected = mixed(source, **call), plain(source, **call)
+            torch.testing.assert_close(out[~mask], expected[~mask])
+
+
+class Halved(ff.nn.TransformerEncoderLayer):
+    """What users do to `torch.nn`'s layer: replace a block."""
+
+    def _sa_block(self, *arguments, **options):
+        return super()._sa_block(*arguments, **options) / 2
+
+    def _ff_block(self, x):
+        return super()._ff_block(x) / 2
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_replaced_blocks_are_called(norm_first):
+    class Theirs(torch.nn.TransformerEncoderLayer):
+        _sa_block = lambda self, *a, **k: super()._sa_block(*a, **k) / 2  # noqa: E731
+        _ff_block = lambda self, x: super()._ff_block(x) / 2  # noqa: E731
+
+    options = {"norm_first": norm_first, "dtype": torch.float64}
+    ours, theirs = (kind(WIDTH, HEADS, HIDDEN, 0.0, **options) for kind in (Halved, Theirs))
+    theirs.load_state_dict(ours.state_dict())
+    source = tensors(False)[:1]
+    torch.testing.assert_close(run(ours, source), run(theirs, source))
+
+
+def test_hooks_on_parts_are_called():
+    for name, inputs in (("TransformerEncoderLayer", 1), ("TransformerDecoderLayer", 2)):
+        called = []
+        for module in layers(name):
+            seen = set()
+            for part, child in module.named_children():
+                child.register_forward_hook(lambda *_, part=part, seen=seen: seen.add(part))
+            module(*[tensors(False)[0]] * inputs)
+            called.append(seen)
+        assert called[0] == called[1]
+
+
+def test_pruned_and_replaced_parts():
+    theirs, ours = layers("TransformerEncoderLayer")
+    for module in (theirs, ours):
+        # Pruning renews the weight before each call: what the op reads itself would be stale.
+        torch.nn.utils.prune.ln_structured(module.linear1, "weight", 0.5, 2, 0)
+        torch.nn.utils.prune.l1_unstructured(module.norm2, "weight", 0.3)
+        module.dropout1 = module.dropout = torch.nn.Identity()
+        with torch.no_grad():
+            module.linear1.weight_orig.mul_(2)
+            module.norm2.weight_orig.mul_(2)
+    source = tensors(False)[:1]
+    torch.testing.assert_close(run(ours, source), run(theirs, source))
+
+
+@pytest.mark.parametrize(
+    "name", ["TransformerEncoderLayer", "TransformerDecoderLayer", "TransformerEncoder"]
+)
+def test_signatures_are_those_of_torch(name):
+    for method in ("__init__", "forward"):
+        theirs, ours = (
+            inspect.signature(getattr(getattr(package, name), method)).parameters
+            for package in (torch.nn, ff.nn)
+        )
+        expected = [(p.name, p.default) for p in theirs.values()]
+        assert [(p.name, p.default) for p in ours.values()] == expected
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_second_derivatives(norm_first):
+    options = {"activation": "gelu", "norm_first": norm_first, "dtype": torch.float64}
+    layer = ff.nn.TransformerEncoderLayer(4, 2, 6, 0.0, **options)
+    source = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, source)
+
+
+def test_function_transforms_and_forward_mode():
+    layer = ff.nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, 0.0, dtype=torch.float64)
+    source = tensors(False)[0]
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    got = torch.func.grad(loss)(parameters, source)
+    expected = torch.autograd.grad(loss(parameters, source), list(parameters.values()))
+    torch.testing.assert_close(list(got.values()), list(expected))
+    with ff.explain() as decisions:
+        _, tangent = torch.func.jvp(lambda x: loss(parameters, x), (source,), (source,))
+    assert {d.backend for d in decisions.decisions} == {"reference"}
+    assert "forward-mode" in str(decisions)
+    leaf = source.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(parameters, leaf), leaf)
+    torch.testing.assert_close(tangent, (gradient * source).sum())
+    each = torch.func.vmap(torch.func.grad(loss), (None, 1))(parameters, source[:, :, None])
+    summed = [g.sum(0) for g in each.values()]
+    torch.testing.assert_close(summed, list(expected))
+
+
+def test_meta_tensors_give_shapes():
+    layer = ff.nn.TransformerDecoderLayer(WIDTH, HEADS, HIDDEN, device="meta")
+    x = torch.empty(TARGET, BATCH, WIDTH, device="meta")
+    assert layer(x, x).shape == x.shape

@@ -26,6 +26,7 @@ _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_DEVICES = {"cuda"} | ({"cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else set())
 
 _override: str | None = None
+_TRANSFORMED = "transform"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def has_triton() -> bool:
 
 def refusal(backend: str, request: Request) -> str | None:
     """Return why `backend` cannot serve `request`, as a sentence, or None where it can."""
+    if _TRANSFORMED in request.options and backend != "reference":
+        return "torch.func and forward-mode AD need plain PyTorch, which they can take apart"
     if backend == "cuda":
         return "the CUDA C++ kernels are not part of this release"
     if backend == "reference":
@@ -98,7 +101,10 @@ def choose_backend(request: Request) -> tuple[str, str]:
             )
         return request.requested, "asked for by name"
     if request.device == "cpu":
-        return "cpu", "the tensors are on the cpu"
+        reason = refusal("cpu", request)
+        if reason is None:
+            return "cpu", "the tensors are on the cpu"
+        return "reference", f"plain PyTorch, because {reason}"
     reason = refusal("triton", request)
     if reason is None:
         return "triton", f"fused Triton kernels serve this call on {request.device}"
@@ -200,6 +206,16 @@ def explain() -> Explanation:
     return Explanation(list(_recent))
 
 
+def _transformed() -> bool:
+    """Return whether a function transform or forward-mode AD is at work on this thread."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def request_for(
     op: str,
     lead: Tensor,
@@ -211,4 +227,6 @@ def request_for(
 ) -> Request:
     """Return the request of `op`; `lead` gives the device, and the dtype unless given."""
     shapes = tuple(tuple(int(n) for n in t.shape) for t in (lead, *others))
+    if _transformed():
+        options = options | {_TRANSFORMED}
     return Request(op, lead.device.type, dtype or lead.dtype, shapes, options, head_dim, requested)

@@ -228,7 +228,7 @@ def varlen_attention(
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def _dropout(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
     """Return `x` (T, width) after dropout; `stream` takes the place of the head in the counter."""
     if p == 0:
         return x
@@ -250,7 +250,7 @@ def feed_forward(
 ) -> Tensor:
     """Return ``dropout(activation(x @ w1.T + b1)) @ w2.T + b2`` for `x` (T, width)."""
     hidden = apply_activation(F.linear(x, w1, b1), activation)
-    return F.linear(_dropout(hidden, dropout_p, seed, 0), w2, b2)
+    return F.linear(dropout(hidden, dropout_p, seed, 0), w2, b2)
 
 
 def gated_feed_forward(
@@ -274,7 +274,7 @@ def add_layer_norm(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Return ``layer_norm(residual + dropout(x))`` over the last dimension of `x` (T, width)."""
-    total = widened(residual) + _dropout(widened(x), dropout_p, seed, 1)
+    total = widened(residual) + dropout(widened(x), dropout_p, seed, 1)
     shift = None if bias is None else bias.to(total.dtype)
     return F.layer_norm(total, x.shape[-1:], weight.to(total.dtype), shift, eps).to(x.dtype)
 
@@ -292,7 +292,7 @@ def add_rms_norm(
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
-    total = widened(residual) + _dropout(widened(x), dropout_p, seed, 1)
+    total = widened(residual) + dropout(widened(x), dropout_p, seed, 1)
     residual = total.to(x.dtype)
     return F.rms_norm(widened(residual), x.shape[-1:], weight.to(total.dtype), eps).to(
         x.dtype

@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.attention import attention, attention_weights
+from ..ops.attention import attention
+from ..ops.dropout import keep_mask
+from ..philox import draw_seed, dropout_scale
+from ..reference import widened
+from .nested import nested_like, padded
 
 
 def is_standard_causal(mask: Tensor) -> bool:
@@ -51,6 +55,50 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return mask.to(like.dtype)
 
 
+def _attend_with_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Return attention's output (B, H, L, D) and its weights (B, H, L, S) after dropout.
+
+    Who asks for the weights has them in memory whatever computes the output, so it is computed from
+    them: that is less work than the fused op beside a second softmax.
+    """
+    logits = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, L, S)
+    hidden = None
+    if causal:
+        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    if key_padding_mask is not None:
+        padding = key_padding_mask[:, None, None]
+        hidden = padding if hidden is None else hidden | padding
+    blind = None  # rows without a visible key: softmax gets something finite, the result is 0
+    if hidden is not None or bias is not None:
+        blocked = torch.zeros((), dtype=torch.bool, device=q.device) if hidden is None else hidden
+        if bias is not None:
+            blocked = blocked | (bias.detach() == -math.inf)
+        blind = blocked.all(-1, keepdim=True)
+        if q.device.type == "cpu" and not torch.compiler.is_compiling() and not blind.any():
+            blind = None
+    if bias is not None:
+        logits = logits + (bias if blind is None else bias.masked_fill(blind, 0.0))
+    if hidden is not None:
+        logits = logits.masked_fill(hidden if blind is None else hidden & ~blind, -math.inf)
+    weights = torch.softmax(logits, -1, dtype=widened(q[:0]).dtype)
+    if blind is not None:
+        weights = weights.masked_fill(blind, 0.0)
+    weights = weights.to(q.dtype)
+    if dropout_p > 0:
+        keep = keep_mask(draw_seed(q.device), dropout_p, *weights.shape)
+        weights = weights * keep * dropout_scale(dropout_p)
+    return weights @ v, weights
+
+
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """Multi-head attention with the arguments, call and `state_dict` of `torch.nn`.
 
@@ -77,10 +125,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         batch leads, unbatched it is missing. `key_padding_mask` (B, S) and `attn_mask` (L, S) or
         (B * heads, L, S) are bool, True where attention is not allowed, or floats to be added.
         `is_causal` promises that `attn_mask` is the causal one, which then need not be given.
-        Returns the output, shaped like `query`, and the weights before dropout, (B, L, S) or, not
+        Returns the output, shaped like `query`, and the weights after dropout, (B, L, S) or, not
         averaged, (B, heads, L, S), or None. Raises `ValueError` or `TypeError` that names the
         argument.
         """
+        if query.is_nested:
+            return self._forward_nested(query, key, value, need_weights, average_attn_weights)
         self._check(query, key, value)
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value)  # each (B, H, L or S, D)
@@ -112,19 +162,44 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             bias = None if bias is None else F.pad(bias, (0, extra))
         options: dict[str, Any] = {"causal": causal, "key_padding_mask": padding, "bias": bias}
         dropout_p = self.dropout if self.training else 0.0
-        result = attention(q, k, v, dropout_p=dropout_p, return_lse=need_weights, **options)
-        out = result[0] if need_weights else result
+        weights = None
+        if need_weights:
+            out, weights = _attend_with_weights(q, k, v, dropout_p=dropout_p, **options)
+        else:
+            out = attention(q, k, v, dropout_p=dropout_p, **options)
         if batched and not self.batch_first:
             out = out.permute(2, 0, 1, 3).flatten(2)  # (L, B, E)
         else:
             out = out.transpose(1, 2).flatten(2)  # (B, L, E)
         out = self.out_proj(out if batched else out[0])
-        if not need_weights:
+        if weights is None:
             return out, None
-        weights = attention_weights(q, k, result[1], **options).to(out.dtype)  # (B, H, L, S)
         if average_attn_weights:
             weights = weights.mean(1)  # (B, L, S)
         return out, weights if batched else weights[0]
+
+    def _forward_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend within nested sequences; the weights come padded, as from `torch.nn`."""
+        if not self.batch_first or not (key.is_nested and value.is_nested):
+            raise ValueError(
+                "query: got a nested tensor, expected nested key and value and batch_first=True"
+            )
+        same = query is key and key is value
+        dense, padding = padded(query)
+        keys, values = dense, dense
+        if not same:
+            (keys, padding), (values, _) = padded(key), padded(value)
+        out, weights = self.forward(
+            dense,
+            keys,
+            values,
+            key_padding_mask=padding,
+            need_weights=need_weights,
+            average_attn_weights=average,
+        )
+        return nested_like(out, query), weights
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         widths = (self.embed_dim, self.kdim, self.vdim)
@@ -134,7 +209,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
             if x.is_nested:
-                raise TypeError(f"{name}: got a nested tensor, expected a padded one and a mask")
+                raise TypeError(f"{name}: got a nested tensor, expected a padded one like query")
             if x.dim() not in (2, 3) or x.dim() != query.dim():
                 raise ValueError(
                     f"{name}: got {x.dim()} dimensions, expected 3, or 2 for all when unbatched"

@@ -1,8 +1,10 @@
 """The Transformer decoder: `torch.nn`'s layer and stack on the fused ops."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import adopt, is_standard_causal
@@ -19,8 +21,33 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     Source: Vaswani et al., "Attention Is All You Need", 2017.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout,
+            activation,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device,
+            dtype,
+        )
         adopt(self.self_attn)
         adopt(self.multihead_attn)
 
@@ -37,35 +64,70 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     ) -> Tensor:
         """Return the layer's output, shaped like `tgt`; arguments as in `torch.nn`."""
 
-        def attend_self(x: Tensor) -> Tensor:
-            return self.self_attn(
-                x,
-                x,
-                x,
-                attn_mask=tgt_mask,
-                key_padding_mask=tgt_key_padding_mask,
-                need_weights=False,
-                is_causal=tgt_is_causal,
-            )[0]
-
-        def attend_memory(x: Tensor) -> Tensor:
-            return self.multihead_attn(
-                x,
-                memory,
-                memory,
-                attn_mask=memory_mask,
-                key_padding_mask=memory_key_padding_mask,
-                need_weights=False,
-                is_causal=memory_is_causal,
-            )[0]
-
+        own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        cross = (memory_mask, memory_key_padding_mask, memory_is_causal)
         if self.norm_first:
-            x = tgt + self.dropout1(attend_self(self.norm1(tgt)))
-            x = x + self.dropout2(attend_memory(self.norm2(x)))
-            return x + self.dropout3(layer_feed_forward(self, self.norm3(x)))
-        x = add_and_norm(self.norm1, attend_self(tgt), tgt, self.dropout1)
-        x = add_and_norm(self.norm2, attend_memory(x), x, self.dropout2)
-        return add_and_norm(self.norm3, layer_feed_forward(self, x), x, self.dropout3)
+            x = tgt + self._sa_block(self.norm1(tgt), *own)
+            x = x + self._mha_block(self.norm2(x), memory, *cross)
+            return x + self._ff_block(self.norm3(x))
+        # A subclass may have replaced a block, and its dropout with it.
+        kind, plain = type(self), TransformerDecoderLayer
+        if kind._sa_block is plain._sa_block:
+            attended = _attend(self.self_attn, tgt, tgt, *own)
+            x = add_and_norm(self.norm1, attended, tgt, self.dropout1)
+        else:
+            x = self.norm1(tgt + self._sa_block(tgt, *own))
+        if kind._mha_block is plain._mha_block:
+            attended = _attend(self.multihead_attn, x, memory, *cross)
+            x = add_and_norm(self.norm2, attended, x, self.dropout2)
+        else:
+            x = self.norm2(x + self._mha_block(x, memory, *cross))
+        if kind._ff_block is plain._ff_block:
+            return add_and_norm(self.norm3, layer_feed_forward(self, x), x, self.dropout3)
+        return self.norm3(x + self._ff_block(x))
+
+    def _sa_block(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        attended = _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal)
+        return self.dropout1(attended)
+
+    def _mha_block(
+        self,
+        x: Tensor,
+        mem: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        attended = _attend(self.multihead_attn, x, mem, attn_mask, key_padding_mask, is_causal)
+        return self.dropout2(attended)
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout3(layer_feed_forward(self, x))
+
+
+def _attend(
+    attention: torch.nn.Module,
+    x: Tensor,
+    memory: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    return attention(
+        x,
+        memory,
+        memory,
+        attn_mask=mask,
+        key_padding_mask=padding,
+        need_weights=False,
+        is_causal=is_causal,
+    )[0]
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):

@@ -1,12 +1,15 @@
 """The Transformer encoder: `torch.nn`'s layer and stack on the fused ops."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import adopt, is_standard_causal
 from .feed_forward import layer_feed_forward
+from .nested import nested_like, padded
 from .norm import add_and_norm
 
 
@@ -19,8 +22,33 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     Source: Vaswani et al., "Attention Is All You Need", 2017.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout,
+            activation,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device,
+            dtype,
+        )
         adopt(self.self_attn)
 
     def forward(
@@ -34,14 +62,34 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
         `is_causal` promises that `src_mask` is the causal mask, which then need not be given.
         """
+        if src.is_nested:
+            dense, padding = padded(src)
+            return nested_like(self.forward(dense, src_mask, padding, is_causal), src)
         if self.norm_first:
-            normed = self.norm1(src)
-            attended = self._attend(normed, src_mask, src_key_padding_mask, is_causal)
-            x = src + self.dropout1(attended)
-            return x + self.dropout2(layer_feed_forward(self, self.norm2(x)))
-        attended = self._attend(src, src_mask, src_key_padding_mask, is_causal)
-        x = add_and_norm(self.norm1, attended, src, self.dropout1)
-        return add_and_norm(self.norm2, layer_feed_forward(self, x), x, self.dropout2)
+            x = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal)
+            return x + self._ff_block(self.norm2(x))
+        # A subclass may have replaced a block, and its dropout with it.
+        if type(self)._sa_block is TransformerEncoderLayer._sa_block:
+            attended = self._attend(src, src_mask, src_key_padding_mask, is_causal)
+            x = add_and_norm(self.norm1, attended, src, self.dropout1)
+        else:
+            attended = self._sa_block(src, src_mask, src_key_padding_mask, is_causal)
+            x = self.norm1(src + attended)
+        if type(self)._ff_block is TransformerEncoderLayer._ff_block:
+            return add_and_norm(self.norm2, layer_feed_forward(self, x), x, self.dropout2)
+        return self.norm2(x + self._ff_block(x))
+
+    def _sa_block(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        return self.dropout1(self._attend(x, attn_mask, key_padding_mask, is_causal))
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout2(layer_feed_forward(self, x))
 
     def _attend(
         self, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..ops import checks
 from ..ops.feed_forward import feed_forward, gated_feed_forward
+from .norm import is_plain
 
 _FUNCTIONS: tuple[tuple[Any, str], ...] = (
     (F.relu, "relu"),
@@ -22,11 +23,13 @@ def activation_name(function: Any) -> str | None:
     for known, name in _FUNCTIONS:
         if function is known:
             return name
-    if type(function) is torch.nn.ReLU:
-        return "relu"
-    if type(function) is torch.nn.SiLU:
-        return "silu"
-    if type(function) is torch.nn.GELU:
+    if isinstance(function, torch.nn.Module):
+        if is_plain(function, torch.nn.ReLU):
+            return "relu"
+        if is_plain(function, torch.nn.SiLU):
+            return "silu"
+        if not is_plain(function, torch.nn.GELU):
+            return None
         return "gelu" if function.approximate == "none" else "gelu_tanh"
     return None
 
@@ -34,12 +37,13 @@ def activation_name(function: Any) -> str | None:
 def layer_feed_forward(layer: Any, x: Tensor) -> Tensor:
     """Return the feed-forward part of a Transformer layer, before its residual dropout.
 
-    Plain PyTorch serves an activation that the op does not know, and linear layers that were
+    Plain PyTorch serves an activation that the op does not know, and modules with hooks or
     replaced by others, such as adapters.
     """
     linear1, linear2, dropout = layer.linear1, layer.linear2, layer.dropout
     name = activation_name(layer.activation)
-    if name is None or type(linear1) is not torch.nn.Linear or type(linear2) is not torch.nn.Linear:
+    linears = is_plain(linear1, torch.nn.Linear) and is_plain(linear2, torch.nn.Linear)
+    if name is None or not linears or not is_plain(dropout, torch.nn.Dropout):
         return linear2(dropout(layer.activation(linear1(x))))
     return feed_forward(
         x,

@@ -1,24 +1,38 @@
 """Residual addition, dropout and normalisation as modules."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.norm import add_layer_norm, add_rms_norm
 
 
-def add_and_norm(
-    norm: torch.nn.Module, x: Tensor, residual: Tensor, dropout: torch.nn.Dropout
-) -> Tensor:
-    """Return ``norm(residual + dropout(x))``, fused where `norm` is a plain `LayerNorm`."""
-    p = dropout.p if dropout.training else 0.0
+def is_plain(module: torch.nn.Module, kind: type) -> bool:
+    """Return whether `module` is just a `kind`, whose call an op may replace.
+
+    A subclass, a parametrised or swapped module computes something else, and hooks want to be
+    called: pruning and `torch.nn.utils.weight_norm` renew a layer's weight in them.
+    """
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def add_and_norm(norm: Any, x: Tensor, residual: Tensor, dropout: Any) -> Tensor:
+    """Return ``norm(residual + dropout(x))``, fused where both modules are PyTorch's own."""
     if (
-        type(norm) is torch.nn.LayerNorm
+        is_plain(norm, torch.nn.LayerNorm)
+        and is_plain(dropout, torch.nn.Dropout)
         and len(norm.normalized_shape) == 1
         and norm.weight is not None
     ):
+        p = dropout.p if dropout.training else 0.0
         return add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps, dropout_p=p)
-    return norm(residual + F.dropout(x, p))
+    return norm(residual + dropout(x))
 
 
 class AddLayerNorm(torch.nn.Module):

@@ -10,7 +10,13 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
-from .registration import absent, autocast_dtype, present, register_autocast
+from .registration import (
+    absent,
+    autocast_dtype,
+    present,
+    register_autocast,
+    second_derivatives,
+)
 
 
 def _kernels(backend: str) -> Any:
@@ -167,6 +173,29 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
     q, k, v, *optional, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 16
+    if torch.is_grad_enabled():
+
+        def formula(*inputs: Any) -> tuple[Tensor, Tensor]:
+            q, k, v, bias, padding, lengths, slopes, sinks, seed = inputs
+            causal, left, right, softcap, scale, dropout_p = ctx.options
+            return reference.attention(
+                q,
+                k,
+                v,
+                causal=causal,
+                key_padding_mask=padding,
+                key_lengths=lengths,
+                bias=bias,
+                window=(left, right),
+                softcap=softcap,
+                alibi_slopes=slopes,
+                sinks=sinks,
+                scale=scale,
+                dropout_p=dropout_p,
+                seed=seed,
+            )
+
+        return (*second_derivatives(formula, (q, k, v, *optional), (dout, dlse)), *(None,) * 7)
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv, dbias, dsinks = _attention_backward(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..philox import draw_seed
 from ..reference import ACTIVATIONS
+from .registration import autocasts
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,7 +25,7 @@ def tensor(name: str, x: Any, dims: int | None = None, *, like: Tensor | None = 
         raise ValueError(f"{name}: got {x.ndim} dimensions {tuple(x.shape)}, expected {dims}")
     if like is not None:
         device(name, x, like)
-        if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != like.dtype and not autocasts(x):
             raise TypeError(
                 f"{name}: got dtype {x.dtype}, expected {like.dtype} as the first argument"
             )

@@ -109,6 +109,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_cross_entropy: its gradients are formed beside the loss and cannot be "
+            "differentiated again; pass backend='reference' for second derivatives"
+        )
     if ctx.compute_grads:
         # The gradients of the reduced loss were formed beside it, while each chunk's logits lived.
         dhidden, dweight, dbias = ((g * dloss.to(g.dtype)).to(ctx.dtype) for g in ctx.saved_tensors)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
-from .registration import autocast_dtype, present, register_autocast
+from .registration import autocast_dtype, present, register_autocast, second_derivatives
 
 
 def _kernels(backend: str) -> Any:
@@ -101,6 +101,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     x, w1, b1, w2, seed, pre = ctx.saved_tensors
     activation, dropout_p, has_b2, backend = ctx.options
+    if torch.is_grad_enabled():
+
+        def formula(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor) -> Tensor:
+            return reference.feed_forward(
+                x, w1, b1, w2, None, activation=activation, dropout_p=dropout_p, seed=seed
+            )
+
+        gradients = second_derivatives(formula, (x, w1, b1, w2), (dy,))
+        return (*gradients, dy.sum(0) if has_b2 else None, *(None,) * 5)
     dx, dw1, db1, dw2, db2 = _feed_forward_backward(
         dy.contiguous(), x, w1, b1, w2, pre, seed, activation, dropout_p, has_b2, backend
     )
@@ -213,6 +222,12 @@ def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _backward_gated(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+
+        def formula(*inputs: Any) -> Tensor:
+            return reference.gated_feed_forward(*inputs, activation=ctx.options[0])
+
+        return (*second_derivatives(formula, ctx.saved_tensors[:4], (dy,)), None, None)
     gradients = _gated_feed_forward_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options)
     return (*gradients, None, None)
 

@@ -10,7 +10,7 @@ from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
 from .attention import lse_dtype
-from .registration import autocast_dtype, present, register_autocast
+from .registration import autocast_dtype, present, register_autocast, second_derivatives
 
 
 def _kernels(backend: str) -> Any:
@@ -76,13 +76,23 @@ def _(
 
 
 def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, seed, _, dropout_p, backend = inputs
+    x, residual, weight, bias, seed, eps, dropout_p, backend = inputs
     ctx.save_for_backward(x, residual, weight, output[1], output[2], seed)
-    ctx.options = (dropout_p, bias is not None, backend)
+    ctx.options, ctx.eps = (dropout_p, bias is not None, backend), eps
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_layer(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        *inputs, _, _, seed = ctx.saved_tensors
+
+        def formula(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+            return reference.add_layer_norm(
+                x, residual, weight, None, eps=ctx.eps, dropout_p=ctx.options[0], seed=seed
+            )
+
+        dbias = dy.sum(0).to(inputs[2].dtype) if ctx.options[1] else None
+        return (*second_derivatives(formula, inputs, (dy,)), dbias, *(None,) * 4)
     dx, dresidual, dweight, dbias = _add_layer_norm_backward(
         dy.contiguous(), *ctx.saved_tensors, *ctx.options
     )
@@ -134,13 +144,23 @@ def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save_rms(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, weight, seed, _, dropout_p, backend = inputs
+    _, _, weight, seed, eps, dropout_p, backend = inputs
     ctx.save_for_backward(output[1], weight, output[2], seed)
-    ctx.options = (dropout_p, backend)
+    ctx.options, ctx.eps = (dropout_p, backend), eps
     ctx.mark_non_differentiable(output[2])
 
 
 def _backward_rms(ctx: Any, dy: Tensor, dnew_residual: Tensor, _: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        total, weight, _, seed = ctx.saved_tensors
+        zero = torch.zeros_like(total)
+
+        def formula(total: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.add_rms_norm(zero, total, weight, eps=ctx.eps)
+
+        dtotal, dweight = second_derivatives(formula, (total, weight), (dy, dnew_residual))
+        dx = None if dtotal is None else reference.dropout(dtotal, ctx.options[0], seed, 1)
+        return dx, dtotal, dweight, None, None, None, None
     gradients = _add_rms_norm_backward(
         dy.contiguous(), dnew_residual.contiguous(), *ctx.saved_tensors, *ctx.options
     )

@@ -1,6 +1,6 @@
 """What every custom op of the package needs besides its formula."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,39 @@ def register_autocast(op: Any, cast: tuple[str, ...]) -> None:
     _fragment.impl(name, rule("cuda", keys.AutocastCUDA), "AutocastCUDA")
 
 
+def autocasts(x: Tensor) -> bool:
+    """Return whether `torch.autocast` is active for the device of `x`; a meta device has none."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which an op on `x` will run: that of an active autocast, else its own."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocasts(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def second_derivatives(
+    formula: Callable[..., Any], inputs: Sequence[Any], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients of `inputs` such that they can be differentiated again.
+
+    `formula` is the op's twin in plain PyTorch, called with `inputs`; `gradients` are those of its
+    results. Backward takes this way where autograd records it (``create_graph=True``): the backward
+    kernels have no derivative of their own. Things among `inputs` that need no gradient give None.
+    """
+    results = formula(*inputs)
+    results = results if isinstance(results, tuple) else (results,)
+    used = [(y, g) for y, g in zip(results, gradients, strict=True) if g is not None]
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in used],
+            leaves,
+            [g.to(y.dtype) for y, g in used],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs]

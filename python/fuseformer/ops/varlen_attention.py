@@ -10,7 +10,13 @@ from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
 from .attention import check_extras, check_heads, default_scale, lse_dtype, used_options
-from .registration import absent, autocast_dtype, present, register_autocast
+from .registration import (
+    absent,
+    autocast_dtype,
+    present,
+    register_autocast,
+    second_derivatives,
+)
 
 
 def _kernels(backend: str) -> Any:
@@ -141,6 +147,30 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
     q, k, v, cu_q, cu_k, alibi_slopes, sinks, seed, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 17
+    if torch.is_grad_enabled():
+
+        def formula(*inputs: Any) -> tuple[Tensor, Tensor]:
+            q, k, v, slopes, sinks = inputs
+            causal, left, right, softcap, scale, dropout_p = ctx.options
+            return reference.varlen_attention(
+                q,
+                k,
+                v,
+                cu_q,
+                cu_k,
+                causal=causal,
+                window=(left, right),
+                softcap=softcap,
+                alibi_slopes=slopes,
+                sinks=sinks,
+                scale=scale,
+                dropout_p=dropout_p,
+                seed=seed,
+            )
+
+        inputs = (q, k, v, alibi_slopes, sinks)
+        dq, dk, dv, _, dsinks = second_derivatives(formula, inputs, (dout, dlse))
+        return (dq, dk, dv, None, None, None, None, None, dsinks, *(None,) * 8)
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv, dsinks = _varlen_attention_backward(
