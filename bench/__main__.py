@@ -9,7 +9,7 @@ import torch
 
 from .report import save, table
 
-BENCHMARKS = ("attention", "feed_forward", "train_step")
+BENCHMARKS = ("attention", "feed_forward", "layer", "train_step")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

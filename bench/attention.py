@@ -84,4 +84,4 @@ def _case(
     flops = (14 if backward else 4) * batch * heads * length * length * dim * share
     label = f"{case}, {'forward+backward' if backward else 'forward'}"
     label += f" {batch}x{heads}x{length}x{dim}"
-    return compare(label, candidates, flops=flops, repetitions=3 if quick else 15, device=device)
+    return compare(label, candidates, flops=flops, repetitions=3 if quick else 25, device=device)

@@ -48,7 +48,7 @@ def run(quick: bool, device: str, dtype: torch.dtype) -> list[Row]:
             f"{activation}, forward+backward {tokens}x{width}x{4 * width}",
             candidates,
             flops=12 * tokens * width * 4 * width,
-            repetitions=3 if quick else 15,
+            repetitions=3 if quick else 25,
             device=device,
         )
     return rows

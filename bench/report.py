@@ -25,6 +25,9 @@ def table(rows: list[Row]) -> str:
             f"  {row.name:22}{row.median_s * 1e3:11.2f}{spread:>20}{row.speedup:9.2f}"
             f"{row.tflops:9.3f}{row.peak_mib:10.1f}"
         ]
+        others = [f"{ratio:.3f} over {name}" for name, ratio in row.over.items()]
+        if len(others) > 1:
+            lines += [f"  {'':22}paired: {', '.join(others)}"]
     return "\n".join(lines)
 
 

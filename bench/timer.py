@@ -8,7 +8,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -37,8 +37,9 @@ class Row:
     speedup: float
     tflops: float
     peak_mib: float
+    over: dict[str, float] = field(default_factory=dict)  # the same ratio to each other candidate
 
-    def as_dict(self) -> dict[str, float | str]:
+    def as_dict(self) -> dict[str, float | str | dict[str, float]]:
         return asdict(self)
 
 
@@ -107,7 +108,10 @@ def compare(
     rows = []
     for candidate, taken in zip(candidates, times, strict=True):
         median = statistics.median(taken)
-        ratios = [a / b for a, b in zip(times[0], taken, strict=True)]
+        over = {
+            other.name: statistics.median(a / b for a, b in zip(theirs, taken, strict=True))
+            for other, theirs in zip(candidates, times, strict=True)
+        }
         rows.append(
             Row(
                 case=case,
@@ -115,9 +119,10 @@ def compare(
                 median_s=median,
                 low_s=min(taken),
                 high_s=max(taken),
-                speedup=statistics.median(ratios),
+                speedup=over[candidates[0].name],
                 tflops=flops / median / 1e12,
                 peak_mib=peak_mib(candidate.run, device),
+                over={name: ratio for name, ratio in over.items() if name != candidate.name},
             )
         )
     return rows

@@ -13,7 +13,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", ["attention", "feed_forward", "train_step"])
+@pytest.mark.parametrize("name", ["attention", "feed_forward", "layer", "train_step"])
 def test_quick_run_prints_a_table_and_writes_json_and_plot(name, tmp_path):
     done = run(name, "--quick", "--threads", "1", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
