@@ -20,8 +20,9 @@ RECORDS = [
 ]
 
 
-def objective(kind):
-    return make_objective(replace(RECIPE, objective=kind), TOKENIZER)
+def objective(kind, max_length=64, truncation="error"):
+    recipe = replace(RECIPE, objective=kind, max_length=max_length, truncation=truncation)
+    return make_objective(recipe, TOKENIZER)
 
 
 def model_of(kind, seed=0):
@@ -31,22 +32,22 @@ def model_of(kind, seed=0):
 
 
 def test_a_causal_record_supervises_its_answer_alone():
-    (example, _) = objective("causal").from_records(RECORDS, 64, None)
+    (example, _) = objective("causal", 64).from_records(RECORDS)
     prompt, answer = encode_prompt(RECORDS[0], TOKENIZER), encode_answer(RECORDS[0], TOKENIZER)
     assert example.input_ids == [*prompt, *answer][:-1]
     assert example.targets == [IGNORE_INDEX] * (len(prompt) - 1) + answer
 
 
 def test_a_record_may_fill_the_model_to_its_last_position():
-    (example,) = objective("causal").from_records(RECORDS[:1], 64, None)
-    (same,) = objective("causal").from_records(RECORDS[:1], example.tokens, None)
+    (example,) = objective("causal", 64).from_records(RECORDS[:1])
+    (same,) = objective("causal", example.tokens).from_records(RECORDS[:1])
     assert same == example
     with pytest.raises(ValueError, match="tokens, the model takes"):
-        objective("causal").from_records(RECORDS[:1], example.tokens - 1, None)
+        objective("causal", example.tokens - 1).from_records(RECORDS[:1])
 
 
 def test_a_seq2seq_record_reads_the_prompt_and_writes_the_answer():
-    (example, _) = objective("seq2seq").from_records(RECORDS, 64, None)
+    (example, _) = objective("seq2seq", 64).from_records(RECORDS)
     prompt, answer = encode_prompt(RECORDS[0], TOKENIZER), encode_answer(RECORDS[0], TOKENIZER)
     assert example.source_ids == [*prompt[1:], TOKENIZER.eos_id]
     assert example.input_ids == [TOKENIZER.bos_id, *answer[:-1]]
@@ -56,18 +57,18 @@ def test_a_seq2seq_record_reads_the_prompt_and_writes_the_answer():
 def test_a_long_seq2seq_prompt_keeps_both_ends():
     record = Record("Which?", "fox " * 80, "first", "t")
     with pytest.raises(ValueError, match="the model takes 31 each"):
-        objective("seq2seq").from_records([record], 32, None)
-    (example,) = objective("seq2seq").from_records([record], 32, "input")
+        objective("seq2seq", 32).from_records([record])
+    (example,) = objective("seq2seq", 32, "input").from_records([record])
     prompt = encode_prompt(record, TOKENIZER)[1:]
     assert len(example.source_ids) == 32
     assert example.source_ids[:20] == prompt[:20]
     assert example.source_ids[-8:] == [*prompt[-7:], TOKENIZER.eos_id]
     with pytest.raises(ValueError, match="the model takes 3 each"):
-        objective("seq2seq").from_records([replace(record, output="dog " * 9)], 4, "input")
+        objective("seq2seq", 4, "input").from_records([replace(record, output="dog " * 9)])
 
 
 def test_documents_of_an_encoder_decoder_are_halved_without_loss():
-    made = objective("seq2seq").from_documents(texts(3), 10)
+    made = objective("seq2seq", 10).from_documents(texts(3))
     ids = [token for text in texts(3) for token in TOKENIZER.encode(text)]
     assert [t for e in made for t in (*e.source_ids[:-1], *e.input_ids[1:])] == ids
     assert max(max(len(e.source_ids), len(e.input_ids)) for e in made) <= 10
@@ -75,14 +76,14 @@ def test_documents_of_an_encoder_decoder_are_halved_without_loss():
 
 def test_masked_examples_hide_a_share_and_records_are_refused():
     masked = objective("masked")
-    batch = collate(masked.from_documents(texts(8), 48), seed=3)
+    batch = collate(masked.from_documents(texts(8)), seed=3)
     loss, targets = masked.token_losses(model_of("masked"), batch, "none")
     hidden = targets != IGNORE_INDEX
     assert 0.05 < hidden.double().mean() < 0.3
     assert loss[hidden].gt(0).all()
     assert loss[~hidden].eq(0).all()
     with pytest.raises(ValueError, match="cannot answer instructions"):
-        masked.from_records(RECORDS, 64, None)
+        masked.from_records(RECORDS)
     with pytest.raises(ValueError, match="cannot write"):
         TunedModel(model_of("masked"), TOKENIZER)
 
@@ -98,7 +99,7 @@ def test_scores_of_answers_are_the_training_loss(kind):
     )
     own = objective(kind)
     for record, answer, (nll, count) in zip(RECORDS, answers, scores, strict=True):
-        loss, _ = own.token_losses(model, collate(own.from_records([record], 64, None)), "sum")
+        loss, _ = own.token_losses(model, collate(own.from_records([record])), "sum")
         assert count == len(answer)
         assert nll == pytest.approx(float(loss.detach()))
 

@@ -242,7 +242,7 @@ def _beyond(folder, step):
 def test_tokens_of_a_step_count_alike_however_it_is_cut_into_batches(tmp_path):
     tokenizer = Tokenizer.train(texts(), 300)
     objective = make_objective(RECIPE, tokenizer)
-    examples = objective.from_documents(texts(9), RECIPE.max_length)
+    examples = objective.from_documents(texts(9))
     torch.manual_seed(0)
     model = objective.new_model(RECIPE.model_config(tokenizer.vocab_size)).double().eval()
 
@@ -265,7 +265,7 @@ def test_tokens_of_a_step_count_alike_however_it_is_cut_into_batches(tmp_path):
 def test_record_weighting_is_the_mean_of_each_records_mean():
     tokenizer = Tokenizer.train(texts(), 300)
     objective = make_objective(RECIPE, tokenizer)
-    examples = objective.from_documents([texts()[0][:20], texts()[1]], RECIPE.max_length)
+    examples = objective.from_documents([texts()[0][:20], texts()[1]])
     torch.manual_seed(0)
     model = objective.new_model(RECIPE.model_config(tokenizer.vocab_size)).eval()
     total, weight = _one_batch(objective, model, examples, "record")

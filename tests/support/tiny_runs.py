@@ -80,7 +80,7 @@ def start(folder: Path, recipe: Recipe = RECIPE, **options) -> Outcome:
     objective = make_objective(recipe, tokenizer)
     torch.manual_seed(recipe.seed)
     model = objective.new_model(recipe.model_config(tokenizer.vocab_size))
-    examples = objective.from_documents(texts(), recipe.max_length)
+    examples = objective.from_documents(texts())
     return train(model, tokenizer, objective, examples, recipe, Run(folder), **options)
 
 
@@ -90,7 +90,7 @@ def resume(folder: Path) -> Outcome:
     recipe = run.recipe
     model, tokenizer, checkpoint = load_tuned(folder)
     objective = make_objective(recipe, tokenizer)
-    examples = objective.from_documents(texts(), recipe.max_length)
+    examples = objective.from_documents(texts())
     return train(model, tokenizer, objective, examples, recipe, run, resume=checkpoint)
 
 

@@ -16,7 +16,7 @@ from fuseformer.models.language_model import TokenModel
 from fuseformer.models.modes import evaluating
 from fuseformer.tuning.batches import PackedSampler
 from fuseformer.tuning.corpora import read_documents
-from fuseformer.tuning.dataset import build_split
+from fuseformer.tuning.dataset import build_split, mixture
 from fuseformer.tuning.evaluation import evaluate
 from fuseformer.tuning.instructions import (
     DEFAULT_TEMPLATE,
@@ -55,10 +55,12 @@ def _made(recipe: Recipe) -> Any:
 
 
 def training_records(recipe: Recipe) -> list[Record]:
-    """Return the records to tune on: the user's, or those made of Python's documentation."""
+    """Return the records of an epoch: the user's, or those made of Python's documentation."""
     if recipe.records:
-        return [record for path in recipe.records for record in read_records(path)]
-    return _made(recipe).train
+        records = [record for path in recipe.records for record in read_records(path)]
+    else:
+        records = _made(recipe).train
+    return mixture(records, recipe.repeats())
 
 
 def held_out_records(recipe: Recipe) -> list[Record]:
@@ -139,7 +141,7 @@ def pretrain(recipe: Recipe, given: Mapping[str, Any], folder: Path, resume: boo
         tokenizer = Tokenizer.train(texts, recipe.vocab_size)
         model = new_model(recipe, tokenizer)
     objective = make_objective(recipe, tokenizer)
-    examples = objective.from_documents(texts, recipe.max_length)
+    examples = objective.from_documents(texts)
     return train(
         model, tokenizer, objective, examples, recipe, run, resume=checkpoint, title="pretrain"
     )
@@ -174,8 +176,7 @@ def tune(
             f"objective: {recipe.objective!r} trains a {objective.model_class.__name__}, but "
             f"{base or folder} holds a {type(model).__name__}"
         )
-    truncation = None if recipe.truncation == "error" else recipe.truncation
-    examples = objective.from_records(records, recipe.max_length, truncation)
+    examples = objective.from_records(records)
     return train(
         model, tokenizer, objective, examples, recipe, run, resume=checkpoint, title="tune"
     )
@@ -230,7 +231,7 @@ def evaluate_run(
 def held_out_perplexity(model: nn.Module, objective: Objective, texts: Sequence[str]) -> float:
     """Return the perplexity of what `objective` predicts in documents kept out of training."""
     recipe = objective.recipe
-    examples = objective.from_documents(texts, recipe.max_length)
+    examples = objective.from_documents(texts)
     sampler = PackedSampler(
         examples,
         tokens_per_batch=max(recipe.tokens_per_batch, recipe.max_length),

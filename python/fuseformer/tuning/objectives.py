@@ -35,12 +35,10 @@ class Objective(Protocol):
     def new_model(self, config: ModelConfig) -> nn.Module:
         """Return a model of this objective's kind with fresh weights."""
 
-    def from_documents(self, texts: Sequence[str], max_length: int) -> Sequence[Any]:
+    def from_documents(self, texts: Sequence[str]) -> Sequence[Any]:
         """Return examples of plain text; raises `ValueError` where the objective cannot."""
 
-    def from_records(
-        self, records: Sequence[Record], max_length: int, truncation: str | None
-    ) -> Sequence[Any]:
+    def from_records(self, records: Sequence[Record]) -> Sequence[Any]:
         """Return examples of instruction records; raises `ValueError` where it cannot."""
 
     def token_losses(self, model: Any, batch: Any, reduction: str) -> tuple[Tensor, Tensor]:
@@ -50,6 +48,8 @@ class Objective(Protocol):
 class _WithTokenizer:
     def __init__(self, tokenizer: Tokenizer, recipe: Recipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
+        self.max_length = recipe.max_length
+        self.truncation = None if recipe.truncation == "error" else recipe.truncation
 
 
 class CausalObjective(_WithTokenizer):
@@ -61,20 +61,21 @@ class CausalObjective(_WithTokenizer):
         """Return a `CausalLM`."""
         return CausalLM(config)
 
-    def from_documents(self, texts: Sequence[str], max_length: int) -> list[Example]:
+    def from_documents(self, texts: Sequence[str]) -> list[Example]:
         """Cut documents into examples in which each token is predicted once."""
         t = self.tokenizer
-        return causal_chunks(t.encode_batch(texts), max_length, t.bos_id, t.eos_id)
+        return causal_chunks(t.encode_batch(texts), self.max_length, t.bos_id, t.eos_id)
 
-    def from_records(
-        self, records: Sequence[Record], max_length: int, truncation: str | None
-    ) -> list[Example]:
+    def from_records(self, records: Sequence[Record]) -> list[Example]:
         """Lay each prompt and answer end to end, the answer supervised."""
         # Shifting takes one token away, so that one more than the model reads may come in.
         return [
             causal_example(
                 *encode_record(
-                    record, self.tokenizer, max_length=max_length + 1, truncation=truncation
+                    record,
+                    self.tokenizer,
+                    max_length=self.max_length + 1,
+                    truncation=self.truncation,
                 )
             )
             for record in records
@@ -103,14 +104,12 @@ class MaskedObjective(_WithTokenizer):
         """Return a `MaskedLM`."""
         return MaskedLM(config)
 
-    def from_documents(self, texts: Sequence[str], max_length: int) -> list[Example]:
+    def from_documents(self, texts: Sequence[str]) -> list[Example]:
         """Cut documents into examples; which tokens are hidden is drawn batch by batch."""
         t = self.tokenizer
-        return masked_chunks(t.encode_batch(texts), max_length, t.bos_id, t.eos_id)
+        return masked_chunks(t.encode_batch(texts), self.max_length, t.bos_id, t.eos_id)
 
-    def from_records(
-        self, records: Sequence[Record], max_length: int, truncation: str | None
-    ) -> list[Example]:
+    def from_records(self, records: Sequence[Record]) -> list[Example]:
         """Raise `ValueError`: a masked language model does not write."""
         raise ValueError(
             "objective: a masked language model cannot answer instructions; use causal or seq2seq"
@@ -146,12 +145,13 @@ class Seq2SeqObjective(_WithTokenizer):
         """Return an `EncoderDecoder`."""
         return EncoderDecoder(config)
 
-    def from_documents(self, texts: Sequence[str], max_length: int) -> list[Seq2SeqExample]:
+    def from_documents(self, texts: Sequence[str]) -> list[Seq2SeqExample]:
         """Make the first half of each chunk of text the source and its second half the target."""
         t, examples = self.tokenizer, []
+        span = 2 * (self.max_length - 1)
         for ids in t.encode_batch(texts):
-            for start in range(0, len(ids), 2 * (max_length - 1)):
-                piece = ids[start : start + 2 * (max_length - 1)]
+            for start in range(0, len(ids), span):
+                piece = ids[start : start + span]
                 middle = len(piece) // 2
                 if middle:
                     examples.append(
@@ -159,25 +159,22 @@ class Seq2SeqObjective(_WithTokenizer):
                     )
         return examples
 
-    def from_records(
-        self, records: Sequence[Record], max_length: int, truncation: str | None
-    ) -> list[Seq2SeqExample]:
+    def from_records(self, records: Sequence[Record]) -> list[Seq2SeqExample]:
         """Make each prompt a source and its answer a target."""
-        t, examples = self.tokenizer, []
+        t, examples, room = self.tokenizer, [], self.max_length - 1
         for record in records:
             source = encode_prompt(record, t)[1:]
             answer = encode_record(record, t)[0][len(source) + 1 : -1]
-            too_long = max(len(source), len(answer)) > max_length - 1
-            if too_long and (truncation is None or len(answer) > max_length - 1):
+            too_long = max(len(source), len(answer)) > room
+            if too_long and (self.truncation is None or len(answer) > room):
                 raise ValueError(
                     f"record of task {record.task!r} has a prompt of {len(source)} and an answer "
-                    f"of {len(answer)} tokens, the model takes {max_length - 1} each; shorten it "
+                    f"of {len(answer)} tokens, the model takes {room} each; shorten it "
                     'or ask for truncation="input"'
                 )
             # The end of a prompt says that an answer is due, so its input loses the middle.
             if too_long:
-                keep = max_length - 1
-                source = source[: keep - keep // 4] + source[len(source) - keep // 4 :]
+                source = source[: room - room // 4] + source[len(source) - room // 4 :]
             examples.append(seq2seq_example(source, answer, t.bos_id, t.eos_id))
         return examples
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fuseformer.models.config import ModelConfig
+from fuseformer.reference import ACTIVATIONS
 from fuseformer.tuning.batches import MASKED_SHARE
 from fuseformer.tuning.corpora import LANGUAGES
 from fuseformer.tuning.tasks import DEFAULT_TASKS, TASKS
@@ -46,7 +47,7 @@ class Recipe:
     hidden: int = _field(1024, "width of the feed-forward part")
     max_length: int = _field(512, "longest sequence in tokens")
     dropout: float = _field(0.1, "dropout probability")
-    activation: str = _field("relu", "activation of the feed-forward part")
+    activation: str = _field("relu", "activation of the feed-forward part", ACTIVATIONS)
     corpus: tuple[str, ...] = _field(
         (), "text or JSONL files to pretrain on; none: Python's documentation"
     )
@@ -58,6 +59,9 @@ class Recipe:
     tasks: tuple[str, ...] = _field(DEFAULT_TASKS, "tasks to make where `records` is empty", TASKS)
     language: str = _field("fr", "language of the translation task", tuple(LANGUAGES))
     train_per_task: int = _field(2000, "records a made task is thinned to")
+    repeat: tuple[str, ...] = _field(
+        (), "how often an epoch shows the records of a task, as TASK=TIMES; others once"
+    )
     truncation: str = _field(
         "error",
         "a record too long for the model is an error, or loses the end of its input",
@@ -116,7 +120,18 @@ class Recipe:
             raise ValueError(f"masked_share: got {self.masked_share}, expected above 0, at most 1")
         if not self.tasks:
             raise ValueError(f"tasks: got none, expected some of {', '.join(TASKS)}")
+        self.repeats()
         self.model_config()
+
+    def repeats(self) -> dict[str, int]:
+        """Return `repeat` as a number for each task; raises `ValueError` for one it cannot read."""
+        found = {}
+        for item in self.repeat:
+            task, _, times = item.partition("=")
+            if not task or not times.isdigit() or int(times) < 1:
+                raise ValueError(f"repeat: got {item!r}, expected TASK=TIMES, times from 1 up")
+            found[task] = int(times)
+        return found
 
     def model_config(self, vocab_size: int | None = None) -> ModelConfig:
         """Return the sizes of a new model; `vocab_size` is that of the tokenizer, once known."""
