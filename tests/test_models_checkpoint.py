@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 
@@ -68,6 +69,24 @@ def test_a_disk_that_fills_up_at_the_end_is_noticed(tmp_path, monkeypatch):
         write_atomically(path, lambda file: file.write(b"second"))
     assert path.read_bytes() == b"first"
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_content_name_and_folder_reach_the_disk_in_this_order(tmp_path, monkeypatch):
+    path, order = tmp_path / "state", []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        order.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "content")
+        fsync(descriptor)
+
+    def renamed(old, new):
+        order.append("name")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_atomically(path, lambda file: file.write(b"first"))
+    assert order == ["content", "name", "folder"]
 
 
 def test_a_killed_writer_leaves_the_previous_file(tmp_path):
