@@ -44,8 +44,7 @@ def leaks(held_out, training_texts, n=splitting.OVERLAP_WORDS):
 def secret_texts(split):
     """The parts of the held-out records that came from documents, and not from a template."""
     for record in split.held_out:
-        if record.task in (tasks.SUMMARISATION, tasks.CLASSIFICATION, tasks.TRANSLATION):
-            yield record.input
+        yield record.input
         if record.task != tasks.CLASSIFICATION:
             yield record.output
 

@@ -17,7 +17,7 @@ from fuseformer.tuning.corpora import (
     Pair,
 )
 from fuseformer.tuning.instructions import Record
-from fuseformer.tuning.splitting import group_by_shared_keys, normalised, words
+from fuseformer.tuning.splitting import group_by_shared_keys, ngrams, normalised, words
 
 QUESTION_ANSWERING = "question_answering"
 SUMMARISATION = "summarisation"
@@ -92,11 +92,17 @@ def _is_answer(text: str) -> bool:
     return 3 <= len(text.split()) <= ANSWER_WORDS and not _SIGNATURE.search(text)
 
 
+def _head(item: Docstring) -> str:
+    """Return the line that defines a function, shortened: what a question shows of it."""
+    return shortened(f"def {item.name.rsplit('.', 1)[-1]}{item.signature}", 12)
+
+
 def group_docstrings(items: Sequence[Docstring]) -> list[str]:
     """Return the group of each docstring; near duplicates share one.
 
-    Docstrings are joined that have the same words, the same first paragraph or sentence, or a
-    common opening or ending of `GROUPING_WORDS` words. The name of a group is the first text in it.
+    Docstrings are joined that have the same words, the same first paragraph or sentence, a common
+    opening or ending of `GROUPING_WORDS` words, or as many words of their signatures in a row as
+    count as a leak. The name of a group is the first text in it.
     """
     keys = []
     for item in items:
@@ -108,6 +114,7 @@ def group_docstrings(items: Sequence[Docstring]) -> list[str]:
                 " ".join(sequence[:GROUPING_WORDS]),
                 " ".join(sequence[-GROUPING_WORDS:]),
             }
+        own |= {f"signature {run}" for run in ngrams(_head(item))}
         keys.append(own - {""})
     return [normalised(items[root].text) for root in group_by_shared_keys(keys)]
 
@@ -125,9 +132,9 @@ def question_answering(items: Sequence[Docstring], groups: Sequence[str]) -> lis
         answer = first_sentence(item.text)
         if _is_answer(answer):
             question = f"What does {item.path} do?"
-            head = shortened(f"def {item.name.rsplit('.', 1)[-1]}{item.signature}", 12)
+            head = _head(item)
             record = Record(question, head, answer, QUESTION_ANSWERING)
-            made.append(Item(record, group, (item.text, answer)))
+            made.append(Item(record, group, (item.text, answer, head)))
         later = " ".join(item.text.split())[len(answer) :]
         found = _RETURNS.search(later.strip())
         if found and _is_answer(found[1]):
