@@ -1,4 +1,4 @@
-# `make test` makes .venv on its first call and reuses it afterwards.
+# The first of these makes .venv, the others reuse it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 WORKERS ?= 2
 
-.PHONY: help test lint format clean
+.PHONY: help demo test compile-matrix lint format clean
 
 help:
+	@echo "make demo     pretrain, tune, judge and report, in minutes on two cores"
 	@echo "make test     the whole test suite, no GPU needed"
+	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (an hour)"
 	@echo "make lint     ruff, mypy and clang-format, as in CI"
 	@echo "make format   let ruff and clang-format rewrite the sources"
 	@echo "make clean    remove .venv and everything built"
@@ -23,8 +25,15 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	touch $@
 
+demo: $(READY)
+	$(BIN)/fuseformer demo
+
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
+
+compile-matrix: $(READY)
+	FUSEFORMER_COMPILE_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
+		--dist worksteal -q tests/test_compile_kernels.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

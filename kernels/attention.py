@@ -177,7 +177,8 @@ def _launch_forward(
     layout: Layout, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
 ) -> None:
     """Write `out` and `lse`; `options` are those of `Layout.arguments`."""
-    tiles = forward_tiles(layout.family, layout.block_d, layout.dtype, options["dropout_p"] > 0)
+    demand = layout.demand(options["dropout_p"])
+    tiles = forward_tiles(layout.family, layout.block_d, layout.dtype, demand)
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
@@ -197,6 +198,7 @@ def _launch_forward(
         arguments,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        maxnreg=tiles.registers,
     )
 
 
@@ -289,14 +291,17 @@ def varlen_attention_forward(
 def kernel_specs(family: str) -> Iterator[KernelSpec]:
     """Yield the launches of representative calls with the configs of an architecture family.
 
-    Every head dim class in bfloat16 with and without masks, and the other dtypes, dropout, grouped
-    heads, key lengths and packed sequences once.
+    Every head dim class in each demand of its configs, those that fill their tiles and those that
+    do not, with the masks, packing and grouped heads spread over them; single precision once.
     """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    cases = [(bf16, dim, "none", 0.0, "") for dim in (16, 32, 64, 80, 128, 256)]
-    cases += [(bf16, dim, "top_left", 0.1, "lengths") for dim in (32, 64, 128, 256)]
-    cases += [(fp16, 96, "bottom_right", 0.0, "packed"), (fp16, 40, "none", 0.0, "mask")]
-    cases += [(fp32, dim, "top_left", 0.1, "mask") for dim in (32, 64, 128, 256)]
+    cases = [(bf16, dim, "none", 0.0, "") for dim in (16, 32, 64, 128, 256)]
+    cases += [(bf16, dim, "top_left", 0.0, "") for dim in (16, 32, 64, 128, 256)]
+    cases += [(fp16, dim, "bottom_right", 0.0, "packed") for dim in (24, 40, 96, 200)]
+    cases += [(bf16, 80, "none", 0.0, ""), (fp16, 40, "none", 0.0, "mask")]
+    cases += [(bf16, dim, "top_left", 0.1, "lengths") for dim in (16, 32, 64, 128, 256)]
+    cases += [(fp16, dim, "bottom_right", 0.1, "packed") for dim in (40, 80)]
+    cases += [(fp32, dim, "top_left", 0.1, "mask") for dim in (16, 32, 64, 128, 256)]
     for dtype, dim, causal, dropout_p, kind in cases:
         with recorded_launches(family) as specs:
             _representative_call(dtype, dim, causal, dropout_p, kind)

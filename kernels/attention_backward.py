@@ -28,7 +28,8 @@ from .common import launch
 # Constants
 # ------------------------------------------------------------------------------------------------
 
-_DELTA_BLOCK_M = 64
+# Elements of a tile of the delta kernel: 16 of each tensor to a thread.
+_DELTA_TILE = 2048
 
 # ------------------------------------------------------------------------------------------------
 # Kernels
@@ -87,6 +88,7 @@ def _launch_delta(
 ) -> tuple[Tensor, Tensor]:
     """Return delta and the lse in units of exp2, both like `lse`."""
     lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    block_m = _DELTA_TILE // layout.block_d
     packed = layout.cu_seqlens_q is not None
     arguments = {
         "out_ptr": out,
@@ -104,10 +106,10 @@ def _launch_delta(
         "seqlen_k": layout.seqlen_k,
         "HEAD_DIM": layout.head_dim,
         "BLOCK_D": layout.block_d,
-        "BLOCK_M": _DELTA_BLOCK_M,
+        "BLOCK_M": block_m,
         **layout.strides(o=out, do=dout),
     }
-    blocks = triton.cdiv(layout.seqlen_q, _DELTA_BLOCK_M)
+    blocks = triton.cdiv(layout.seqlen_q, block_m)
     grid = (blocks * layout.heads * layout.batch,)
     launch(attention_delta_kernel, grid, arguments, num_warps=4, num_stages=1)
     return lse_log2, delta
@@ -140,7 +142,8 @@ def _launch_backward(
         "delta_ptr": delta,
         **layout.arguments(lse, **options),
     }
-    kind = (layout.family, layout.block_d, layout.dtype, options["dropout_p"] > 0)
+    demand = layout.demand(options["dropout_p"])
+    kind = (layout.family, layout.block_d, layout.dtype, demand)
     tiles = key_gradient_tiles(*kind)
     blocks = triton.cdiv(layout.seqlen_k, tiles.block_n)
     launch(
@@ -157,6 +160,7 @@ def _launch_backward(
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        maxnreg=tiles.registers,
     )
     tiles = query_gradient_tiles(*kind)
     blocks = triton.cdiv(layout.seqlen_q, tiles.block_m)
@@ -173,6 +177,7 @@ def _launch_backward(
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        maxnreg=tiles.registers,
     )
 
 

@@ -1,15 +1,28 @@
-"""Tile sizes of the attention kernels, by pass, architecture family, head dim and dropout."""
+"""Tile sizes of the attention kernels, by pass, head dim, demand and architecture family.
 
-from typing import NamedTuple
+The tables hold what compiles without spills and within the shared memory; none of it was timed on
+a GPU. Where a family cannot take the numbers of sm_80 it has its own. What decides: 8 warps halve
+the registers a thread needs for a tile, so that tiles of 128 fit; at head dim 256 the accumulators
+take so many that tiles shrink. The dk/dv pass holds two accumulators and two operands, hence its
+small tiles. At head dim 256 on sm_90, and on sm_100 for other than lean calls, they go below the 64
+rows that the newer tensor-core instructions need, which spill there: products become mma.sync.
+"""
+
+from typing import Literal, NamedTuple
 
 import torch
+
+#: What a call asks of the registers: "lean" calls fill their tiles, have a key head for each query
+#: head and no dropout; "general" ones lack dropout only.
+Demand = Literal["lean", "general", "dropout"]
 
 
 class Tiles(NamedTuple):
     """A config: the tile of a program, the part of it that a masked step takes, and the compiler's.
 
     `edge` divides the side that a program walks along (BLOCK_N, in the dk/dv pass BLOCK_M): masks
-    need registers, and smaller steps at the diagonal waste less.
+    need registers, and smaller steps at the diagonal waste less. `registers` bounds those of a
+    thread where ptxas, left alone, would spill to fit one more program on a multiprocessor.
     """
 
     block_m: int
@@ -17,59 +30,118 @@ class Tiles(NamedTuple):
     edge: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-_FORWARD = {
-    "sm_80": {
-        16: Tiles(128, 64, 64, 4, 3),
-        32: Tiles(128, 64, 64, 4, 3),
-        64: Tiles(128, 128, 64, 8, 2),
-        128: Tiles(128, 64, 32, 8, 2),
-        256: Tiles(64, 32, 32, 4, 2),
+_Row = dict[Demand, Tiles]
+_Table = dict[int, _Row]
+
+#: 16-bit inputs by head dim and demand. A demand that is missing takes the row of the next lower.
+_FORWARD: _Table = {
+    16: {"lean": Tiles(128, 128, 64, 8, 3)},
+    32: {"lean": Tiles(128, 128, 64, 8, 2)},
+    64: {"lean": Tiles(128, 128, 64, 8, 2)},
+    128: {"lean": Tiles(128, 64, 32, 8, 2)},
+    256: {"lean": Tiles(64, 64, 32, 8, 2)},
+}
+_KEY_GRADIENT: _Table = {
+    16: {"lean": Tiles(64, 128, 32, 8, 2)},
+    32: {"lean": Tiles(64, 128, 64, 8, 2), "dropout": Tiles(32, 128, 32, 8, 2)},
+    64: {
+        "lean": Tiles(64, 128, 32, 8, 2),
+        "general": Tiles(32, 64, 32, 8, 2),
+        "dropout": Tiles(32, 128, 32, 8, 2),
+    },
+    128: {"lean": Tiles(32, 64, 16, 4, 2), "general": Tiles(32, 64, 32, 8, 2)},
+    256: {"lean": Tiles(32, 64, 32, 8, 1), "general": Tiles(16, 64, 16, 8, 1)},
+}
+_QUERY_GRADIENT: _Table = {
+    16: {"lean": Tiles(128, 64, 64, 8, 2)},
+    32: {"lean": Tiles(128, 64, 64, 8, 2)},
+    64: {"lean": Tiles(128, 64, 64, 8, 2)},
+    128: {"lean": Tiles(128, 32, 32, 8, 2)},
+    256: {"lean": Tiles(64, 32, 32, 8, 1), "dropout": Tiles(64, 32, 32, 8, 2)},
+}
+
+#: Rows that take the place of those above in a family.
+_FORWARD_EXCEPTIONS: dict[str, _Table] = {
+    "sm_86": {256: {"lean": Tiles(64, 32, 32, 8, 2)}},
+    "sm_90": {256: {"lean": Tiles(64, 32, 32, 8, 2)}},
+    "sm_100": {
+        32: {"lean": Tiles(128, 128, 64, 8, 2), "dropout": Tiles(128, 64, 32, 8, 2)},
+        64: {"lean": Tiles(128, 128, 64, 8, 2), "dropout": Tiles(128, 64, 32, 8, 2)},
+        128: {"lean": Tiles(128, 64, 32, 8, 2), "dropout": Tiles(128, 32, 32, 8, 2)},
     },
 }
-_KEY_GRADIENT = {
-    "sm_80": {
-        16: Tiles(64, 128, 32, 4, 2),
-        32: Tiles(64, 128, 32, 4, 2),
-        64: Tiles(64, 128, 32, 8, 2),
-        128: Tiles(32, 128, 32, 8, 2),
-        256: Tiles(32, 64, 32, 8, 1),
+_KEY_EXCEPTIONS: dict[str, _Table] = {
+    "sm_86": {
+        128: {"lean": Tiles(32, 64, 32, 8, 2)},
+        256: {"lean": Tiles(16, 32, 16, 8, 1)},
+    },
+    "sm_90": {
+        128: {"lean": Tiles(32, 64, 16, 4, 2), "general": Tiles(16, 64, 16, 8, 2)},
+        256: {"lean": Tiles(16, 32, 16, 8, 1)},
+    },
+    "sm_100": {
+        64: {"lean": Tiles(64, 128, 32, 8, 2), "general": Tiles(32, 64, 32, 8, 2)},
+        256: {"lean": Tiles(32, 64, 32, 8, 1), "general": Tiles(16, 32, 16, 8, 1)},
     },
 }
-_QUERY_GRADIENT = {
-    "sm_80": {
-        16: Tiles(128, 32, 32, 4, 2),
-        32: Tiles(128, 32, 32, 4, 2),
-        64: Tiles(128, 32, 32, 4, 2),
-        128: Tiles(128, 32, 32, 8, 2),
-        256: Tiles(64, 32, 32, 8, 1),
-    },
+_QUERY_EXCEPTIONS: dict[str, _Table] = {
+    "sm_86": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
+    "sm_90": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
 }
-for _t in (_FORWARD, _KEY_GRADIENT, _QUERY_GRADIENT):
-    for _f in ("sm_86", "sm_90", "sm_100"):
-        _t[_f] = _t["sm_80"]
-_SINGLE = {
+
+# Single precision has no tensor cores: small tiles, the same for every family and demand.
+_FORWARD_SINGLE = {
     16: Tiles(32, 32, 32, 4, 1),
     32: Tiles(32, 32, 32, 4, 1),
-    64: Tiles(32, 32, 32, 4, 1),
-    128: Tiles(32, 32, 32, 8, 1),
+    64: Tiles(32, 32, 32, 8, 1),
+    128: Tiles(16, 32, 32, 8, 1),
     256: Tiles(16, 32, 32, 8, 1),
+}
+_KEY_SINGLE = {
+    16: Tiles(32, 32, 32, 4, 1),
+    32: Tiles(32, 32, 32, 4, 1),
+    64: Tiles(32, 32, 32, 8, 1),
+    128: Tiles(16, 32, 16, 8, 2, registers=255),
+    256: Tiles(16, 32, 16, 8, 2),
+}
+_QUERY_SINGLE = {
+    16: Tiles(32, 32, 32, 4, 1),
+    32: Tiles(32, 32, 32, 4, 1),
+    64: Tiles(32, 32, 32, 8, 1),
+    128: Tiles(32, 32, 32, 4, 1),
+    256: Tiles(16, 32, 32, 16, 1),
 }
 
 
-def forward_tiles(family: str, block_d: int, dtype: torch.dtype, dropout: bool) -> Tiles:
-    """Return the config of the forward pass."""
-    return _SINGLE[block_d] if dtype == torch.float32 else _FORWARD[family][block_d]
-
-
-def key_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, dropout: bool) -> Tiles:
-    """Return the config of the dk/dv pass."""
+def _tiles(
+    table: _Table,
+    exceptions: dict[str, _Table],
+    single: dict[int, Tiles],
+    family: str,
+    block_d: int,
+    dtype: torch.dtype,
+    demand: Demand,
+) -> Tiles:
+    """Return the config for `demand`, or the one for less where they are the same."""
     if dtype == torch.float32:
-        return _SINGLE[block_d]._replace(edge=_SINGLE[block_d].block_m)
-    return _KEY_GRADIENT[family][block_d]
+        return single[block_d]
+    row = exceptions.get(family, {}).get(block_d) or table[block_d]
+    return row.get(demand) or row.get("general") or row["lean"]
 
 
-def query_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, dropout: bool) -> Tiles:
+def forward_tiles(family: str, block_d: int, dtype: torch.dtype, demand: Demand) -> Tiles:
+    """Return the config of the forward pass."""
+    return _tiles(_FORWARD, _FORWARD_EXCEPTIONS, _FORWARD_SINGLE, family, block_d, dtype, demand)
+
+
+def key_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, demand: Demand) -> Tiles:
+    """Return the config of the dk/dv pass."""
+    return _tiles(_KEY_GRADIENT, _KEY_EXCEPTIONS, _KEY_SINGLE, family, block_d, dtype, demand)
+
+
+def query_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, demand: Demand) -> Tiles:
     """Return the config of the dq pass."""
-    return _SINGLE[block_d] if dtype == torch.float32 else _QUERY_GRADIENT[family][block_d]
+    return _tiles(_QUERY_GRADIENT, _QUERY_EXCEPTIONS, _QUERY_SINGLE, family, block_d, dtype, demand)

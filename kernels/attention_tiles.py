@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_configs import Demand
 from .common import device_family, dot_precision
 
 # ------------------------------------------------------------------------------------------------
@@ -205,6 +206,12 @@ class Layout:
     def block_d(self) -> int:
         """The head dim that tiles have: a power of two that the tensor cores take."""
         return max(16, triton.next_power_of_2(self.head_dim))
+
+    def demand(self, dropout_p: float) -> Demand:
+        """Return which row of the configs a call reads."""
+        if dropout_p:
+            return "dropout"
+        return "lean" if self.group == 1 and self.head_dim == self.block_d else "general"
 
     def arguments(
         self,

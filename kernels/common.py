@@ -88,18 +88,13 @@ def dropout_keep(
 class KernelSpec:
     """One launch as the compiler sees it: what to hand to `triton.compile` for a GPU not at hand.
 
-    `arguments` are those of the launch by name, its tensors standing for their dtype alone.
+    `arguments` are those of the launch by name, its tensors standing for their dtype alone;
+    `options` are the compiler's.
     """
 
     kernel: triton.JITFunction
     arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """The options of the compiler."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    options: dict[str, int]
 
     def source(self) -> triton.compiler.ASTSource:
         """Return the compiler's input, specialised on the arguments as a real launch would be."""
@@ -140,20 +135,25 @@ def launch(
     *,
     num_warps: int,
     num_stages: int,
+    maxnreg: int | None = None,
 ) -> None:
     """Launch `kernel` with named arguments on the device of its tensors, on the current stream.
 
-    An empty grid launches nothing. While `recorded_launches` is open the launch is only recorded.
+    `maxnreg` bounds the registers of a thread. An empty grid launches nothing. While
+    `recorded_launches` is open the launch is only recorded.
     """
     if 0 in grid:
         return
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
     if _recorder is not None:
-        _recorder.specs.append(KernelSpec(kernel, arguments, num_warps, num_stages))
+        _recorder.specs.append(KernelSpec(kernel, arguments, options))
         return
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with guard:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](**arguments, **options)
 
 
 @contextmanager

@@ -26,33 +26,46 @@ _MIN_PROGRAMS = 64
 # Hidden gradients and activations that backward materialises at once.
 _CHUNK_BYTES = 1 << 28
 
-# (BLOCK_M, BLOCK_H, warps, stages) by the padded width.
-_FORWARD_CONFIGS = {
-    "sm_80": {
-        32: (128, 64, 4, 3),
-        64: (128, 64, 4, 3),
-        128: (128, 64, 8, 2),
-        256: (128, 32, 8, 2),
-    },
+_Config = tuple[int, int, int, int]
+
+# (BLOCK_M, BLOCK_H, warps, stages) by the padded width; all compile without spills.
+_FORWARD_CONFIGS: dict[int, _Config] = {
+    32: (128, 64, 4, 3),
+    64: (64, 64, 4, 3),
+    128: (128, 64, 8, 2),
+    256: (128, 32, 8, 2),
 }
-_FORWARD_CONFIGS["sm_86"] = _FORWARD_CONFIGS["sm_80"]
-_FORWARD_CONFIGS["sm_90"] = _FORWARD_CONFIGS["sm_80"]
-_FORWARD_CONFIGS["sm_100"] = _FORWARD_CONFIGS["sm_80"]
-_BACKWARD_CONFIGS = {
-    "sm_80": {
-        32: (64, 64, 4, 2),
-        64: (64, 64, 4, 2),
-        128: (64, 64, 8, 2),
-        256: (64, 32, 8, 2),
-    },
+_BACKWARD_CONFIGS: dict[int, _Config] = {
+    32: (64, 64, 4, 2),
+    64: (64, 32, 4, 2),
+    128: (64, 64, 8, 2),
+    256: (64, 32, 8, 2),
 }
-_BACKWARD_CONFIGS["sm_86"] = _BACKWARD_CONFIGS["sm_80"]
-_BACKWARD_CONFIGS["sm_90"] = _BACKWARD_CONFIGS["sm_80"]
-_BACKWARD_CONFIGS["sm_100"] = _BACKWARD_CONFIGS["sm_80"]
+
+# What differs from the tables above in a family.
+_FORWARD_EXCEPTIONS: dict[str, dict[int, _Config]] = {"sm_86": {256: (64, 32, 8, 2)}}
+_BACKWARD_EXCEPTIONS: dict[str, dict[int, _Config]] = {
+    "sm_86": {256: (32, 32, 8, 2)},
+    "sm_90": {256: (32, 32, 8, 2)},
+}
 
 
 def _padded(width: int) -> int:
     return max(32, triton.next_power_of_2(width))
+
+
+def _forward_config(x: Tensor, out_width: int) -> _Config:
+    """Return the config of the forward kernel for `x` (T, width) on its device."""
+    padded = _padded(max(x.shape[1], out_width))
+    exceptions = _FORWARD_EXCEPTIONS.get(device_family(x.device), {})
+    return exceptions.get(padded, _FORWARD_CONFIGS[padded])
+
+
+def _backward_config(x: Tensor, out_width: int) -> _Config:
+    """Return the config of the gradient kernel for `x` (T, width) on its device."""
+    padded = _padded(max(x.shape[1], out_width))
+    exceptions = _BACKWARD_EXCEPTIONS.get(device_family(x.device), {})
+    return exceptions.get(padded, _BACKWARD_CONFIGS[padded])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -226,13 +239,12 @@ def feed_forward_resident_gradient_kernel(
 
 def enough_tokens(x: Tensor, out_width: int) -> bool:
     """Return whether the blocks of tokens of `x` (T, width) occupy a GPU in this regime."""
-    block_m = _FORWARD_CONFIGS[device_family(x.device)][_padded(max(x.shape[1], out_width))][0]
-    return x.shape[0] >= _MIN_PROGRAMS * block_m
+    return x.shape[0] >= _MIN_PROGRAMS * _forward_config(x, out_width)[0]
 
 
 def _launch(
     kernel: triton.JITFunction,
-    config: tuple[int, int, int, int],
+    config: _Config,
     x: Tensor,
     w1: Tensor,
     w2: Tensor,
@@ -269,7 +281,7 @@ def resident_forward(
 ) -> Tensor:
     """Return the output (T, out) of contiguous tensors; `dropout` holds arguments of the kernel."""
     y = x.new_empty(x.shape[0], w2.shape[0])
-    config = _FORWARD_CONFIGS[device_family(x.device)][_padded(max(x.shape[1], w2.shape[0]))]
+    config = _forward_config(x, w2.shape[0])
     arguments = {"b1_ptr": b1, "b2_ptr": b2, "y_ptr": y, "ACTIVATION": activation, **dropout}
     _launch(feed_forward_resident_kernel, config, x, w1, w2, arguments)
     return y
@@ -286,7 +298,7 @@ def resident_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return the gradients of x, w1, b1 and w2; arguments as in `resident_forward`."""
     tokens, hidden = x.shape[0], w1.shape[0]
-    config = _BACKWARD_CONFIGS[device_family(x.device)][_padded(max(x.shape[1], w2.shape[0]))]
+    config = _backward_config(x, w2.shape[0])
     block_m = config[0]
     chunk = max(1, _CHUNK_BYTES // (2 * hidden * x.element_size() * block_m)) * block_m
     dx = torch.empty_like(x)
