@@ -262,16 +262,18 @@ def test_tokens_of_a_step_count_alike_however_it_is_cut_into_batches(tmp_path):
         torch.testing.assert_close(a, b)
 
 
-def test_record_weighting_is_the_mean_of_each_records_mean():
+@pytest.mark.parametrize(("weighting", "power"), [("token", 1), ("root", 0.5), ("record", 0)])
+def test_weightings_are_means_over_tokens_records_or_between(weighting, power):
     tokenizer = Tokenizer.train(texts(), 300)
     objective = make_objective(RECIPE, tokenizer)
     examples = objective.from_documents([texts()[0][:20], texts()[1]])
     torch.manual_seed(0)
     model = objective.new_model(RECIPE.model_config(tokenizer.vocab_size)).eval()
-    total, weight = _one_batch(objective, model, examples, "record")
+    total, weight = _one_batch(objective, model, examples, weighting)
     parts = [_one_batch(objective, model, [example], "token") for example in examples]
-    assert weight == 2
-    torch.testing.assert_close(total, sum(loss / count for loss, count in parts))
+    assert parts[0][1] < parts[1][1]
+    assert weight == pytest.approx(sum(count**power for _, count in parts))
+    torch.testing.assert_close(total, sum(loss / count * count**power for loss, count in parts))
 
 
 def _one_batch(objective, model, examples, weighting):

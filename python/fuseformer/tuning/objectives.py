@@ -212,8 +212,9 @@ def weighted_loss(
 ) -> tuple[Tensor, float]:
     """Return a batch's summed loss and the weight to divide it by, over all batches of a step.
 
-    With `weighting` "token" every supervised token counts alike, with "record" every sequence: the
-    sum then is of each sequence's mean, so that a one-word answer is heard as well as a sentence.
+    With `weighting` "token" every supervised token counts alike, with "record" every sequence, so
+    that a one-word answer is heard as well as a sentence. "root" lies between the two: a sequence
+    of n supervised tokens counts as the square root of n.
     """
     if weighting == "token":
         total, targets = objective.token_losses(model, batch, "sum")
@@ -222,4 +223,5 @@ def weighted_loss(
     where = Sequences(batch.cu_seqlens, batch.max_seqlen)
     counts = per_sequence_sum((targets != IGNORE_INDEX).to(losses.dtype), where)  # (N,)
     means = per_sequence_sum(losses, where) / counts.clamp(min=1)  # (N,)
-    return means.sum(), float((counts > 0).sum())
+    weights = counts.clamp(max=1) if weighting == "record" else counts.sqrt()  # (N,)
+    return (means * weights).sum(), float(weights.sum())

@@ -19,7 +19,7 @@ from fuseformer.tuning.tasks import DEFAULT_TASKS, TASKS
 
 OBJECTIVES = ("causal", "masked", "seq2seq")
 DTYPES = ("float32", "bfloat16")
-WEIGHTINGS = ("token", "record")
+WEIGHTINGS = ("token", "root", "record")
 TRUNCATIONS = ("error", "input")
 
 
@@ -71,7 +71,9 @@ class Recipe:
     tokens_per_batch: int = _field(2048, "tokens of a packed batch, at most")
     accumulation: int = _field(1, "batches whose gradients make one step")
     weighting: str = _field(
-        "token", "whether tokens or records count alike in the loss", WEIGHTINGS
+        "token",
+        "what counts alike in the loss: tokens, records, or records by the root of their length",
+        WEIGHTINGS,
     )
     masked_share: float = _field(MASKED_SHARE, "share of tokens that the masked objective hides")
     learning_rate: float = _field(1e-3, "highest learning rate")
