@@ -3,7 +3,8 @@
 from . import nn
 from ._version import __version__
 from .backends import explain, use_backend
-from .ops.attention import attention, attention_weights
+from .ops.attention import attention
+from .ops.attention_weights import attention_weights
 from .ops.cross_entropy import linear_cross_entropy
 from .ops.feed_forward import feed_forward, gated_feed_forward
 from .ops.norm import add_layer_norm, add_rms_norm

@@ -218,7 +218,8 @@ _attention.register_autograd(_backward, setup_context=_save)
 register_autocast(_attention, ("q", "k", "v"))
 
 
-def _check_masks(q: Tensor, k: Tensor, key_padding_mask: Any, key_lengths: Any, bias: Any) -> None:
+def check_masks(q: Tensor, k: Tensor, key_padding_mask: Any, key_lengths: Any, bias: Any) -> None:
+    """Raise `TypeError` or `ValueError` for a mask, lengths or bias that do not fit `q` and `k`."""
     batch, heads, sq, sk = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     if key_padding_mask is not None:
         checks.integers("key_padding_mask", key_padding_mask, (torch.bool,), q)
@@ -307,7 +308,7 @@ def attention(
         raise ValueError(f"k: got batch size {k.shape[0]}, expected {q.shape[0]} as in q")
     check_heads(q, k, v, 1)
     check_extras(q, q.shape[1], alibi_slopes, sinks)
-    _check_masks(q, k, key_padding_mask, key_lengths, bias)
+    check_masks(q, k, key_padding_mask, key_lengths, bias)
     alignment, sides = checks.causal(causal), checks.window(window)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
     p = checks.probability("dropout_p", dropout_p)
@@ -363,63 +364,3 @@ def attention(
             name,
         )
     return (out, lse) if return_lse else out
-
-
-def attention_weights(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    *,
-    heads: list[int] | None = None,
-    rows: list[int] | None = None,
-    causal: bool | str = False,
-    key_padding_mask: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    bias: Tensor | None = None,
-    window: tuple[int, int] | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Return the attention probabilities of chosen heads and rows, from the lse of `attention`.
-
-    `q` (B, H, Sq, D), `k` (B, Hkv, Sk, D) and `lse` (B, H, Sq) are those of the call, and so are
-    the options. `heads` and `rows` are indices, all of them by default; only their logits are
-    computed. Returns (B, len(heads), len(rows), Sk), float32, before dropout; a row that saw no
-    key is 0. Raises `ValueError` where shapes do not fit.
-    """
-    checks.tensor("q", q, 4)
-    checks.tensor("k", k, 4, like=q)
-    check_heads(q, k, k, 1)
-    _check_masks(q, k, key_padding_mask, key_lengths, bias)
-    checks.shape("lse", lse, tuple(q.shape[:3]), "(batch, heads, queries)")
-    batch, all_heads, sq, _ = q.shape
-    sk = k.shape[2]
-    head = torch.tensor(range(all_heads) if heads is None else heads, device=q.device)
-    row = torch.tensor(range(sq) if rows is None else rows, device=q.device)
-    k = k[:, head // (all_heads // k.shape[1])]
-    if bias is not None:
-        bias = bias.expand(batch, all_heads, sq, sk)[:, head][:, :, row]
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes[head]
-    logits = reference.capped_logits(
-        q[:, head][:, :, row],
-        k,
-        default_scale(q) if scale is None else scale,
-        softcap or 0.0,
-    )
-    alignment = checks.causal(causal)
-    logits = reference.add_bias_and_masks(
-        logits,
-        rows=row,
-        columns=range(sk),
-        offset=sk - sq if alignment == "bottom_right" else 0,
-        causal=alignment != "none",
-        key_padding_mask=key_padding_mask,
-        key_lengths=key_lengths,
-        bias=bias,
-        window=checks.window(window),
-        alibi_slopes=alibi_slopes,
-    )
-    lse = lse[:, head][:, :, row]
-    return torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])

@@ -8,7 +8,8 @@ from torch import Tensor
 from fuseformer.models.causal_lm import CausalLM
 from fuseformer.models.modes import evaluating
 from fuseformer.models.sequences import pack_ids
-from fuseformer.ops.attention import attention, attention_weights
+from fuseformer.ops.attention import attention
+from fuseformer.ops.attention_weights import attention_weights
 from fuseformer.tuning.tokenizer import Tokenizer
 
 
