@@ -206,10 +206,38 @@ def test_what_a_user_gets_wrong_is_one_line(corpus, records, pretrained, tmp_pat
     assert "temperature: got -1" in refused(
         capsys, *("generate", pretrained, "a", "--temperature", -1, "--max-new-tokens", 2)
     )
+    assert "there is no folder" in refused(
+        capsys, "evaluate", pretrained, "--json", tmp_path / "none" / "figures.json"
+    )
+    line = refused(
+        capsys, *("tune", *out, "--model", pretrained, "--records", records),
+        *("--repeat", "singing=3"),
+    )  # fmt: skip
+    assert "repeat: got 3 for 'singing'" in line
     recipe = tmp_path / "bad.toml"
     recipe.write_text("stepz = 1\n")
     assert "unknown field 'stepz'" in refused(capsys, "pretrain", *out, "--recipe", recipe)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_corpus_that_changed_is_noticed_on_resume(corpus, tmp_path, capsys):
+    copy, folder = tmp_path / "corpus.jsonl", tmp_path / "run"
+    copy.write_bytes(corpus.read_bytes())
+    run("pretrain", "--output", folder, "--corpus", copy, *RECIPE_FLAGS)
+    with copy.open("a") as file:
+        file.write('{"text": "one more fox"}\n')
+    capsys.readouterr()
+    line = refused(capsys, "pretrain", "--output", folder, "--resume")
+    assert "step-00000012: was saved with other data: an epoch had" in line
+
+
+def test_ctrl_c_outside_training_is_one_line(monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fuseformer.tuning.commands.load_tuned", interrupted)
+    assert main(["generate", "run", "text"]) == 130
+    assert capsys.readouterr().err == "fuseformer generate: interrupted\n"
 
 
 def test_a_record_longer_than_the_model_is_refused_or_cut(pretrained, tmp_path, capsys):

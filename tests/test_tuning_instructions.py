@@ -115,7 +115,7 @@ def test_a_mixture_repeats_a_task(split):
         tasks.SUMMARISATION: 400,
     }
     for bad in ({"sorting": 1}, {tasks.CLASSIFICATION: -1}):
-        with pytest.raises(ValueError, match="weights"):
+        with pytest.raises(ValueError, match="repeat: got"):
             dataset.mixture(split.train, bad)
 
 

@@ -145,6 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:  # training saves and returns; this is everything else
+        print(f"fuseformer {parsed.command}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if parsed.traceback:
             raise

@@ -192,6 +192,8 @@ def evaluate_run(
     device: str,
 ) -> str:
     """Judge a checkpoint by held-out records; return the table, and write JSON to `output`."""
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"json: there is no folder {output.parent} to write {output.name} to")
     model, tokenizer, folder = load_tuned(path, str(resolve_device(device)))
     recipe = _recipe_of(folder)
     metrics: dict[str, dict[str, float]] = {}

@@ -38,20 +38,19 @@ class Split:
         return [r for r in (self.train if part == "train" else self.held_out) if r.task == task]
 
 
-def mixture(records: Sequence[Record], weights: Mapping[str, int]) -> list[Record]:
-    """Repeat the records of each task by a whole weight, 1 where none is given.
+def mixture(records: Sequence[Record], repeat: Mapping[str, int]) -> list[Record]:
+    """Repeat the records of each task as often as `repeat` says, once where it is silent.
 
-    The loss is a mean over answer tokens, so that a task of one-word answers needs more records
-    than one of sentences to be heard as well. Raises `ValueError` for a weight below 0 and for a
-    task without records.
+    A task of one-word answers needs more records than one of sentences to be heard as well. 0 drops
+    a task. Raises `ValueError` for a number below 0 and for a task without records.
     """
     tasks = {record.task for record in records}
-    for task, weight in weights.items():
-        if task not in tasks or weight < 0:
+    for task, times in repeat.items():
+        if task not in tasks or times < 0:
             raise ValueError(
-                f"weights: got {weight} for {task!r}, want at least 0 for one of {sorted(tasks)}"
+                f"repeat: got {times} for {task!r}, want at least 0 for one of {sorted(tasks)}"
             )
-    return [record for record in records for _ in range(weights.get(record.task, 1))]
+    return [record for record in records for _ in range(repeat.get(record.task, 1))]
 
 
 def build_split(

@@ -51,8 +51,9 @@ _SIZES = Recipe(
     layers=3,
     hidden=512,
     max_length=256,
-    tokens_per_batch=2048,
-    save_every=250,
+    # Small batches: in minutes, the number of steps is what counts.
+    tokens_per_batch=1024,
+    save_every=300,
     warmup_steps=50,
     truncation="input",
     device="cpu",
@@ -62,16 +63,16 @@ _SIZES = Recipe(
 _TUNING: dict[str, Any] = {
     "learning_rate": 2e-3,
     "weighting": "root",
-    "repeat": (f"{CLASSIFICATION}=6",),
+    "repeat": (f"{CLASSIFICATION}=5",),
     "dropout": 0.2,
     "seed": 1,
 }
 FULL = Sizes(
-    pretrain=replace(_SIZES, steps=300, learning_rate=3e-3),
-    tune=replace(_SIZES, steps=600, **_TUNING),
+    pretrain=replace(_SIZES, steps=900, learning_rate=3e-3),
+    tune=replace(_SIZES, steps=1200, **_TUNING),
     held_out_per_task=320,
     generate_limit=100,
-    baseline_seconds=60.0,
+    baseline_seconds=75.0,
     timed_records=32,
 )
 _TINY = replace(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fuseformer.tuning.batches import PackedBatch, PackedSampler
 from fuseformer.tuning.objectives import Objective, weighted_loss
 from fuseformer.tuning.recipe import Recipe
-from fuseformer.tuning.runs import Run
+from fuseformer.tuning.runs import CheckpointError, Run
 from fuseformer.tuning.tokenizer import Tokenizer
 
 
@@ -151,7 +151,8 @@ def train(
     random generators go on as if nothing had happened, so that on a CPU the losses are the same to
     the last bit. SIGTERM and SIGINT save and return. Raises `NonFiniteLossError` for a loss or
     gradient that is not finite, with the weights as they were before that step, `CheckpointError`
-    where a checkpoint cannot be written, and `ValueError` for examples that do not fit.
+    where a checkpoint cannot be written or belongs to other data, and `ValueError` for examples
+    that do not fit.
     """
     device = resolve_device(recipe.device)
     model.to(device).train()
@@ -170,11 +171,20 @@ def train(
     else:
         numbers = run.restore(resume, optimizer)
         step, tokens, last = numbers["step"], numbers["tokens"], resume
+        if numbers["epoch_tokens"] != sampler.tokens_per_epoch:
+            raise CheckpointError(
+                f"{resume}: was saved with other data: an epoch had {numbers['epoch_tokens']} "
+                f"tokens and has {sampler.tokens_per_epoch} now; start a new run"
+            )
         sampler.load_state_dict(numbers["sampler"])
     run.rewind_log(step)
 
     def save() -> Path:
-        numbers = {"tokens": tokens, "sampler": sampler.state_dict()}
+        numbers = {
+            "tokens": tokens,
+            "epoch_tokens": sampler.tokens_per_epoch,
+            "sampler": sampler.state_dict(),
+        }
         return run.save(step, model, tokenizer, optimizer, numbers, recipe.keep)
 
     bar = tqdm(
