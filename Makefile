@@ -9,12 +9,12 @@ WORKERS ?= 2
 .PHONY: help demo test compile-matrix lint format clean
 
 help:
-	@echo "make demo     pretrain, tune, judge and report, in minutes on two cores"
-	@echo "make test     the whole test suite, no GPU needed"
+	@echo "make demo            pretrain, tune, judge and report, in minutes on two cores"
+	@echo "make test            the whole test suite, no GPU needed"
 	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (an hour)"
-	@echo "make lint     ruff, mypy and clang-format, as in CI"
-	@echo "make format   let ruff and clang-format rewrite the sources"
-	@echo "make clean    remove .venv and everything built"
+	@echo "make lint            ruff, mypy and clang-format, as in CI"
+	@echo "make format          let ruff and clang-format rewrite the sources"
+	@echo "make clean           remove .venv and everything built"
 
 # ttsem's metadata asks for Python 3.12; it is known to work from 3.11 on, without dependencies.
 $(READY): pyproject.toml setup.py constraints.txt

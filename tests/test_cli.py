@@ -103,7 +103,7 @@ def test_pretrain_then_generate_and_evaluate(pretrained, capsys, tmp_path):
     run("generate", pretrained, "the quick", "--max-new-tokens", 5)
     text = capsys.readouterr().out
     assert text.startswith("the quick")
-    sampled = ("--temperature", 2.0, "--top-k", 50, "--top-p", 0.9, "--seed", 7)
+    sampled = ("--no-repeat", 2, "--temperature", 2.0, "--top-k", 50, "--top-p", 0.9, "--seed", 7)
     outputs = []
     for _ in range(2):
         run("generate", pretrained, "the quick", "--max-new-tokens", 5, *sampled)

@@ -133,3 +133,20 @@ def test_bad_input_is_named():
         with pytest.raises(ValueError, match=f"{name}: got"):
             ModelConfig(vocab_size=9, **change)
     assert generate(lm, [], 3) == []
+
+
+def test_runs_of_tokens_do_not_come_twice():
+    lm = model()
+    free = generate(lm, SEQUENCES, 12)
+    for length in (1, 2, 3):
+        blocked = generate(lm, SEQUENCES, 12, no_repeat=length)
+        for before, said in zip(free, blocked, strict=True):
+            runs = [tuple(said[i : i + length]) for i in range(len(said) - length + 1)]
+            assert len(runs) == len(set(runs))
+            # Up to the first run that came twice, nothing changes.
+            same = [tuple(before[i : i + length]) for i in range(len(before) - length + 1)]
+            fine = next((i for i in range(len(same)) if same[i] in same[:i]), len(same))
+            assert said[: fine + length - 1] == before[: fine + length - 1]
+    assert any(len(set(said)) < len(said) for said in free)
+    with pytest.raises(ValueError, match="no_repeat: got 0"):
+        generate(lm, SEQUENCES, 3, no_repeat=0)

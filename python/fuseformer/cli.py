@@ -59,8 +59,9 @@ def _evaluate(arguments: argparse.Namespace) -> str:
 def _generate(arguments: argparse.Namespace) -> str:
     from .tuning.commands import generate_text
 
-    names = ("prompt", "instruction", "input", "max_new_tokens", "temperature", "top_k", "top_p")
-    options = {name: getattr(arguments, name) for name in (*names, "seed", "device")}
+    what = ("prompt", "instruction", "input", "max_new_tokens", "device")
+    names = (*what, "no_repeat", "temperature", "top_k", "top_p", "seed")
+    options = {name: getattr(arguments, name) for name in names}
     return generate_text(arguments.model, **options)
 
 
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--max-new-tokens", type=int, help="default: 60, or what the model has room for"
     )
+    own.add_argument("--no-repeat", type=int, metavar="N", help="let no N tokens in a row recur")
     own.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     own.add_argument("--top-k", type=int, help="draw from the K likeliest tokens")
     own.add_argument("--top-p", type=float, help="draw from the likeliest tokens that add up to P")

@@ -35,6 +35,8 @@ from fuseformer.tuning.train import Outcome, resolve_device, train
 
 #: What `generate` writes at most, unless told otherwise.
 NEW_TOKENS = 60
+#: Small models loop when they answer greedily; they are judged without (`models.generate`).
+JUDGED_NO_REPEAT = 3
 AnyModel = TypeVar("AnyModel", bound=TokenModel)
 _MODEL_FIELDS = tuple(spec.name for spec in fields(ModelConfig))
 
@@ -209,7 +211,7 @@ def evaluate_run(
             if records
             else held_out_records(recipe)
         )
-        tuned = TunedModel(model, tokenizer)
+        tuned = TunedModel(model, tokenizer, no_repeat=JUDGED_NO_REPEAT)
         metrics |= evaluate(
             tuned,
             tokenizer,
@@ -278,6 +280,7 @@ def generate_text(
     instruction: str | None,
     input: str,
     max_new_tokens: int | None,
+    no_repeat: int | None,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
@@ -289,7 +292,7 @@ def generate_text(
     At most `max_new_tokens`, which default to `NEW_TOKENS`, or fewer where the model has less room.
     """
     model, tokenizer, _ = load_tuned(path, str(resolve_device(device)))
-    tuned = TunedModel(model, tokenizer)
+    tuned = TunedModel(model, tokenizer, no_repeat)
     text = DEFAULT_TEMPLATE.prompt(instruction, input) if instruction is not None else prompt
     if text is None:
         text = sys.stdin.read().rstrip("\n")

@@ -20,14 +20,18 @@ class TunedModel:
     """Continues prompts and scores answers; satisfies `evaluation.LanguageModel`.
 
     For an encoder-decoder the prompt is what the encoder reads, and the labelled tokens what the
-    decoder writes. Raises `ValueError` for a masked language model, which does neither.
+    decoder writes. With `no_repeat`, no run of so many tokens comes twice in what it writes. Raises
+    `ValueError` for a masked language model, which neither continues nor scores.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer, no_repeat: int | None = None
+    ) -> None:
         if isinstance(model, MaskedLM):
             raise ValueError("model: a masked language model cannot write, only fill gaps")
         self.model: Any = model
         self.tokenizer = tokenizer
+        self.no_repeat = no_repeat
 
     @property
     def max_length(self) -> int:
@@ -46,7 +50,12 @@ class TunedModel:
             prompt_ids = [self._source(prompt) for prompt in prompt_ids]
             sampling["start_id"] = self.tokenizer.bos_id
         return generate(
-            self.model, prompt_ids, max_new_tokens, end_id=self.tokenizer.eos_id, **sampling
+            self.model,
+            prompt_ids,
+            max_new_tokens,
+            end_id=self.tokenizer.eos_id,
+            no_repeat=self.no_repeat,
+            **sampling,
         )
 
     @torch.no_grad()
