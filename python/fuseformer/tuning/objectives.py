@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fuseformer.models.causal_lm import CausalLM
 from fuseformer.models.config import ModelConfig
 from fuseformer.models.encoder_decoder import EncoderDecoder
+from fuseformer.models.language_model import LanguageModel
 from fuseformer.models.masked_lm import MaskedLM
 from fuseformer.models.sequences import Sequences, per_sequence_sum
 from fuseformer.tuning.batches import (
@@ -52,6 +53,18 @@ class _WithTokenizer:
         self.truncation = None if recipe.truncation == "error" else recipe.truncation
 
 
+def _where(batch: PackedBatch) -> Sequences:
+    return Sequences(batch.cu_seqlens, batch.max_seqlen)
+
+
+def _language_model_loss(
+    model: LanguageModel, batch: PackedBatch, reduction: str
+) -> tuple[Tensor, Tensor]:
+    where = _where(batch)
+    loss = model.loss(batch.input_ids, batch.positions, batch.targets, where, reduction=reduction)
+    return loss, batch.targets
+
+
 class CausalObjective(_WithTokenizer):
     """Predict each token from those before it; of a record, the tokens of its answer."""
 
@@ -85,14 +98,7 @@ class CausalObjective(_WithTokenizer):
         self, model: CausalLM, batch: PackedBatch, reduction: str
     ) -> tuple[Tensor, Tensor]:
         """Return the cross entropy of the next tokens."""
-        loss = model.loss(
-            batch.input_ids,
-            batch.positions,
-            batch.targets,
-            Sequences(batch.cu_seqlens, batch.max_seqlen),
-            reduction=reduction,
-        )
-        return loss, batch.targets
+        return _language_model_loss(model, batch, reduction)
 
 
 class MaskedObjective(_WithTokenizer):
@@ -126,14 +132,7 @@ class MaskedObjective(_WithTokenizer):
             special_ids=self.tokenizer.special_ids,
             share=self.recipe.masked_share,
         )
-        loss = model.loss(
-            masked.input_ids,
-            masked.positions,
-            masked.targets,
-            Sequences(masked.cu_seqlens, masked.max_seqlen),
-            reduction=reduction,
-        )
-        return loss, masked.targets
+        return _language_model_loss(model, masked, reduction)
 
 
 class Seq2SeqObjective(_WithTokenizer):
@@ -189,7 +188,7 @@ class Seq2SeqObjective(_WithTokenizer):
             batch.input_ids,
             batch.positions,
             batch.targets,
-            Sequences(batch.cu_seqlens, batch.max_seqlen),
+            _where(batch),
             reduction=reduction,
         )
         return loss, batch.targets
@@ -220,7 +219,7 @@ def weighted_loss(
         total, targets = objective.token_losses(model, batch, "sum")
         return total, float((targets != IGNORE_INDEX).sum())
     losses, targets = objective.token_losses(model, batch, "none")  # (T,)
-    where = Sequences(batch.cu_seqlens, batch.max_seqlen)
+    where = _where(batch)
     counts = per_sequence_sum((targets != IGNORE_INDEX).to(losses.dtype), where)  # (N,)
     means = per_sequence_sum(losses, where) / counts.clamp(min=1)  # (N,)
     weights = counts.clamp(max=1) if weighting == "record" else counts.sqrt()  # (N,)
