@@ -11,7 +11,7 @@ WORKERS ?= 2
 help:
 	@echo "make demo            pretrain, tune, judge and report, in minutes on two cores"
 	@echo "make test            the whole test suite, no GPU needed"
-	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (an hour)"
+	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (ten minutes)"
 	@echo "make lint            ruff, mypy and clang-format, as in CI"
 	@echo "make format          let ruff and clang-format rewrite the sources"
 	@echo "make clean           remove .venv and everything built"

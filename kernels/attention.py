@@ -198,7 +198,6 @@ def _launch_forward(
         arguments,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        maxnreg=tiles.registers,
     )
 
 

@@ -160,7 +160,6 @@ def _launch_backward(
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        maxnreg=tiles.registers,
     )
     tiles = query_gradient_tiles(*kind)
     blocks = triton.cdiv(layout.seqlen_q, tiles.block_m)
@@ -177,7 +176,6 @@ def _launch_backward(
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        maxnreg=tiles.registers,
     )
 
 

@@ -4,8 +4,9 @@ The tables hold what compiles without spills and within the shared memory; none 
 a GPU. Where a family cannot take the numbers of sm_80 it has its own. What decides: 8 warps halve
 the registers a thread needs for a tile, so that tiles of 128 fit; at head dim 256 the accumulators
 take so many that tiles shrink. The dk/dv pass holds two accumulators and two operands, hence its
-small tiles. At head dim 256 on sm_90, and on sm_100 for other than lean calls, they go below the 64
-rows that the newer tensor-core instructions need, which spill there: products become mma.sync.
+small tiles. At head dim 256 those of both backward passes on sm_90, and of dk/dv on sm_100 for other
+than lean calls, go below the 64 rows that the newer tensor-core instructions need, which spill
+there: products become mma.sync.
 """
 
 from typing import Literal, NamedTuple
@@ -21,8 +22,7 @@ class Tiles(NamedTuple):
     """A config: the tile of a program, the part of it that a masked step takes, and the compiler's.
 
     `edge` divides the side that a program walks along (BLOCK_N, in the dk/dv pass BLOCK_M): masks
-    need registers, and smaller steps at the diagonal waste less. `registers` bounds those of a
-    thread where ptxas, left alone, would spill to fit one more program on a multiprocessor.
+    need registers, and smaller steps at the diagonal waste less.
     """
 
     block_m: int
@@ -30,7 +30,6 @@ class Tiles(NamedTuple):
     edge: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
 _Row = dict[Demand, Tiles]
@@ -68,22 +67,34 @@ _FORWARD_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {256: {"lean": Tiles(64, 32, 32, 8, 2)}},
     "sm_90": {256: {"lean": Tiles(64, 32, 32, 8, 2)}},
     "sm_100": {
+        16: {"lean": Tiles(128, 128, 64, 8, 3), "dropout": Tiles(128, 64, 64, 8, 3)},
         32: {"lean": Tiles(128, 128, 64, 8, 2), "dropout": Tiles(128, 64, 32, 8, 2)},
-        64: {"lean": Tiles(128, 128, 64, 8, 2), "dropout": Tiles(128, 64, 32, 8, 2)},
+        64: {"lean": Tiles(128, 128, 64, 8, 2), "general": Tiles(128, 64, 32, 8, 2)},
         128: {"lean": Tiles(128, 64, 32, 8, 2), "dropout": Tiles(128, 32, 32, 8, 2)},
     },
 }
 _KEY_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {
+        64: {
+            "lean": Tiles(64, 128, 32, 8, 2),
+            "general": Tiles(32, 64, 32, 8, 2),
+            "dropout": Tiles(32, 128, 32, 8, 1),
+        },
         128: {"lean": Tiles(32, 64, 32, 8, 2)},
-        256: {"lean": Tiles(16, 32, 16, 8, 1)},
+        256: {"lean": Tiles(16, 64, 16, 8, 1), "general": Tiles(16, 32, 16, 8, 1)},
     },
     "sm_90": {
-        128: {"lean": Tiles(32, 64, 16, 4, 2), "general": Tiles(16, 64, 16, 8, 2)},
+        128: {"lean": Tiles(32, 128, 32, 8, 2), "general": Tiles(16, 64, 16, 8, 2)},
         256: {"lean": Tiles(16, 32, 16, 8, 1)},
     },
     "sm_100": {
+        32: {
+            "lean": Tiles(64, 128, 64, 8, 2),
+            "general": Tiles(64, 128, 32, 8, 2),
+            "dropout": Tiles(32, 128, 32, 8, 2),
+        },
         64: {"lean": Tiles(64, 128, 32, 8, 2), "general": Tiles(32, 64, 32, 8, 2)},
+        128: {"lean": Tiles(32, 64, 16, 4, 2), "general": Tiles(32, 64, 32, 8, 1)},
         256: {"lean": Tiles(32, 64, 32, 8, 1), "general": Tiles(16, 32, 16, 8, 1)},
     },
 }
@@ -104,12 +115,12 @@ _KEY_SINGLE = {
     16: Tiles(32, 32, 32, 4, 1),
     32: Tiles(32, 32, 32, 4, 1),
     64: Tiles(32, 32, 32, 8, 1),
-    128: Tiles(16, 32, 16, 8, 2, registers=255),
+    128: Tiles(16, 32, 16, 16, 2),
     256: Tiles(16, 32, 16, 8, 2),
 }
 _QUERY_SINGLE = {
     16: Tiles(32, 32, 32, 4, 1),
-    32: Tiles(32, 32, 32, 4, 1),
+    32: Tiles(32, 32, 32, 8, 1),
     64: Tiles(32, 32, 32, 8, 1),
     128: Tiles(32, 32, 32, 4, 1),
     256: Tiles(16, 32, 32, 16, 1),

@@ -135,18 +135,14 @@ def launch(
     *,
     num_warps: int,
     num_stages: int,
-    maxnreg: int | None = None,
 ) -> None:
     """Launch `kernel` with named arguments on the device of its tensors, on the current stream.
 
-    `maxnreg` bounds the registers of a thread. An empty grid launches nothing. While
-    `recorded_launches` is open the launch is only recorded.
+    An empty grid launches nothing. While `recorded_launches` is open the launch is only recorded.
     """
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    if maxnreg is not None:
-        options["maxnreg"] = maxnreg
     if _recorder is not None:
         _recorder.specs.append(KernelSpec(kernel, arguments, options))
         return

@@ -2,7 +2,7 @@
 
 A run takes, of every kernel and size of tile, one launch for each architecture, another one each
 time. With FUSEFORMER_COMPILE_ALL=1 (`make compile-matrix`) it takes every launch that the kernel
-files name, for every architecture, which is an hour of one core.
+files name, for every architecture, which is about twenty minutes of one core.
 """
 
 import importlib
@@ -54,11 +54,11 @@ def describe(spec: KernelSpec) -> str:
 OPTIONAL = ("padding", "key_lengths", "cu_seqlens_q", "seed_ptr", "upstream_ptr")
 
 
-def tile_class(spec: KernelSpec, capability: int) -> tuple[Any, ...]:
+def tile_class(spec: KernelSpec) -> tuple[Any, ...]:
     """Return what specs must share for one of them to stand for the others.
 
     Single precision attention is one class: it needs no tensor cores, and its products compile
-    slowly. So do those of sm_100, where narrow tiles are one class and wide ones the other.
+    slowly.
     """
     arguments = spec.arguments
     name = spec.kernel.__name__
@@ -66,7 +66,7 @@ def tile_class(spec: KernelSpec, capability: int) -> tuple[Any, ...]:
         return name, "single"
     width = arguments.get("BLOCK_D") or arguments.get("BLOCK_W")
     if width:
-        return name, width > 64 if capability == 100 else max(width, 32)
+        return name, max(width, 32)
     # Kernels without products differ by how many values a thread owns.
     return name, arguments.get("ROWS"), arguments.get("BLOCK_N", 0) > 512
 
@@ -77,7 +77,7 @@ def chosen_specs(capability: int) -> Iterator[KernelSpec]:
     for module in MODULES:
         kernels = importlib.import_module(f"fuseformer.kernels.{module}")
         for spec in kernels.kernel_specs(FAMILIES[capability]):
-            classes.setdefault(repr(tile_class(spec, capability)), {})[describe(spec)] = spec
+            classes.setdefault(repr(tile_class(spec)), {})[describe(spec)] = spec
     for index, specs in enumerate(classes.values()):
         members = list(specs.values())
         turn = list(SHARED_LIMIT).index(capability) + index
