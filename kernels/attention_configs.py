@@ -4,9 +4,9 @@ The tables hold what compiles without spills and within the shared memory; none 
 a GPU. Where a family cannot take the numbers of sm_80 it has its own. What decides: 8 warps halve
 the registers a thread needs for a tile, so that tiles of 128 fit; at head dim 256 the accumulators
 take so many that tiles shrink. The dk/dv pass holds two accumulators and two operands, hence its
-small tiles. At head dim 256 those of both backward passes on sm_90, and of dk/dv on sm_100 for other
-than lean calls, go below the 64 rows that the newer tensor-core instructions need, which spill
-there: products become mma.sync.
+small tiles. At head dim 256 those of both backward passes on sm_90, and of dk/dv on sm_100 for
+other than lean calls, go below the 64 rows that the newer tensor-core instructions need, which
+spill there: products become mma.sync.
 """
 
 from typing import Literal, NamedTuple
