@@ -22,7 +22,9 @@ def write(path, text):
 
 def test_a_written_recipe_reads_back_equal(tmp_path):
     recipe = Recipe(
-        corpus=("a b.txt", 'quo"te.txt', "ü.txt"), learning_rate=3e-5, tasks=("translation",)
+        corpus=("a b.txt", 'quo"te.txt', "ü🙂\x7f\t\\.txt"),
+        learning_rate=3e-5,
+        tasks=("translation",),
     )
     path = write(tmp_path / "recipe.toml", recipe.to_toml())
     assert read_recipe(path)[0] == recipe
@@ -93,6 +95,8 @@ def test_every_field_has_a_flag_that_sets_it():
         ("clip_norm = -1", "clip_norm: got -1"),
         ("masked_share = 0", "masked_share: got 0"),
         ("held_out_share = 1", "held_out_share: got 1"),
+        (f"seed = {2**63 - 1}0", "seed: got"),
+        ("repeat = ['classification=²']", "repeat: got 'classification=²'"),
         ("steps =", "not TOML"),
     ],
 )

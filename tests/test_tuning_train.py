@@ -1,10 +1,12 @@
 """The training loop: what it computes, and what it survives."""
 
+import copy
 import itertools
 import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,12 +19,14 @@ import pytest
 import torch
 from tiny_runs import RECIPE, losses, resume, start, texts
 
-from fuseformer.tuning.batches import PackedSampler
+from fuseformer.models.checkpoint import read_tensors, serialized
+from fuseformer.tuning.batches import PackedSampler, collate
 from fuseformer.tuning.objectives import make_objective, weighted_loss
 from fuseformer.tuning.runs import CheckpointError, Run, load_tuned
 from fuseformer.tuning.tokenizer import Tokenizer
 from fuseformer.tuning.train import (
     NonFiniteLossError,
+    _train_step,
     learning_rate,
     make_optimizer,
     resolve_device,
@@ -113,7 +117,7 @@ def _start_with_full_disk(folder, recipe, after):
         written += 1
         with pytest.MonkeyPatch.context() as patch:
             if written > after:
-                patch.setattr("fuseformer.tuning.runs.safetensors.torch.save", full_disk)
+                patch.setattr("fuseformer.tuning.runs.serialized", full_disk)
             return save(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -173,25 +177,33 @@ def test_a_non_finite_step_stops_before_it_moves_anything(what, tmp_path, monkey
     assert Run(tmp_path).latest().name == "step-00000003"
 
 
+@pytest.mark.parametrize("at", [5, 6])  # between two checkpoints, and in the step of one
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(number, tmp_path, whole, monkeypatch, capsys):
-    taken = 0
+def test_a_signal_saves_once_and_the_run_goes_on(number, at, tmp_path, whole, monkeypatch, capsys):
+    taken, saved = 0, []
+    save = Run.save
 
     def interrupting(*arguments):
         nonlocal taken
         taken += 1
-        if taken == 5:
+        if taken == at:
             os.kill(os.getpid(), number)
         return weighted_loss(*arguments)
+
+    def noted(run, step, *arguments):
+        saved.append(step)
+        return save(run, step, *arguments)
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr("fuseformer.tuning.train.weighted_loss", interrupting)
+        patch.setattr(Run, "save", noted)
         outcome = start(tmp_path)
-    assert (outcome.step, outcome.interrupted) == (5, True)
+    assert saved == [3, at]
+    assert (outcome.step, outcome.interrupted) == (at, True)
     assert signal.getsignal(number) is before
     message = capsys.readouterr().err
-    assert f"{number.name}: stopped after step 5 of 12 and saved" in message
+    assert f"{number.name}: stopped after step {at} of 12 and saved" in message
     resume(tmp_path)
     assert_same_end(tmp_path, whole)
 
@@ -239,29 +251,6 @@ def _beyond(folder, step):
     return bool(found) and int(found[-1].name[5:]) > step
 
 
-def test_tokens_of_a_step_count_alike_however_it_is_cut_into_batches(tmp_path):
-    tokenizer = Tokenizer.train(texts(), 300)
-    objective = make_objective(RECIPE, tokenizer)
-    examples = objective.from_documents(texts(9))
-    torch.manual_seed(0)
-    model = objective.new_model(RECIPE.model_config(tokenizer.vocab_size)).double().eval()
-
-    def gradients(tokens_per_batch):
-        sampler = PackedSampler(
-            examples, tokens_per_batch=tokens_per_batch, max_length=48, shuffle=False
-        )
-        model.zero_grad()
-        weight = 0.0
-        while sampler.epoch == 0 and sampler.position < len(examples):
-            loss, count = weighted_loss(objective, model, next(sampler), "token")
-            loss.backward()
-            weight += count
-        return [p.grad / weight for p in model.parameters()]
-
-    for a, b in zip(gradients(10_000), gradients(60), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize(("weighting", "power"), [("token", 1), ("root", 0.5), ("record", 0)])
 def test_weightings_are_means_over_tokens_records_or_between(weighting, power):
     tokenizer = Tokenizer.train(texts(), 300)
@@ -281,22 +270,110 @@ def _one_batch(objective, model, examples, weighting):
     return weighted_loss(objective, model, next(sampler), weighting)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, whole):
+def _flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+
+
+def _rewrite(path, change):
+    tensors = read_tensors(path)
+    change(tensors)
+    path.write_bytes(serialized(tensors))
+
+
+def _without_optimizer(tensors):
+    for name in [name for name in tensors if name.startswith("optimizer.")]:
+        del tensors[name]
+
+
+def _with_other_shapes(tensors):
+    tensors["optimizer.0.exp_avg"] = torch.zeros(3)
+
+
+def _with_a_short_generator(tensors):
+    tensors["random.cpu"] = tensors["random.cpu"][:8].clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("training.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+        ("training.safetensors", _flip_a_bit),
+        ("training.safetensors", lambda path: _rewrite(path, _without_optimizer)),
+        ("training.safetensors", lambda path: _rewrite(path, _with_other_shapes)),
+        ("training.safetensors", lambda path: _rewrite(path, _with_a_short_generator)),
+        ("training.json", lambda path: path.write_text("{")),
+        ("training.json", lambda path: path.write_text('{"step": 12}')),
+        ("../../metrics.jsonl", lambda path: path.write_text("garbage\n")),
+        ("../../metrics.jsonl", lambda path: path.write_text("{}\n")),
+    ],
+)
+def test_damaged_state_is_named_and_not_resumed_from(name, damage, tmp_path, whole):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    state = Run(folder).latest() / "training.safetensors"
-    state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"training.safetensors: not the training state"):
-        resume(folder)
-    (Run(folder).latest() / "training.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"training.json: cannot be read"):
+    damage(Run(folder).latest() / name)
+    with pytest.raises(CheckpointError, match=re.escape(name.rsplit("/", 1)[-1])):
         resume(folder)
 
 
-def test_bfloat16_trains_float32_weights(tmp_path):
+def test_leftovers_of_a_kill_are_cleared_and_never_resumed_from(tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for left in ("step-00000015.partial", "step-00000003.removed", "step-00000012.replaced"):
+        shutil.copytree(Run(folder).latest(), folder / "checkpoints" / left)
+    assert [p.name for p in Run(folder).checkpoints()] == ["step-00000009", "step-00000012"]
+    shutil.rmtree(Run(folder).latest())
+    resume(folder)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000009", "step-00000012"]
+    assert_same_end(folder, whole)
+
+
+def test_a_log_on_a_full_disk_names_the_checkpoint(tmp_path, monkeypatch):
+    def full(self, *arguments, **options):
+        if self.name == "metrics.jsonl" and Run(tmp_path).checkpoints():
+            raise OSError(28, "No space left on device")
+        return OPEN(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: cannot be .*step-00000003"):
+        start(tmp_path)
+
+
+OPEN = Path.open
+
+
+def test_a_step_is_the_clipped_adam_step_of_the_mean_over_its_tokens():
+    tokenizer = Tokenizer.train(texts(), 300)
+    recipe = replace(RECIPE, clip_norm=0.05, learning_rate=0.1)
+    objective = make_objective(recipe, tokenizer)
+    examples = objective.from_documents([texts()[0][:20], texts()[1], texts()[2]])
+    torch.manual_seed(0)
+    model = objective.new_model(recipe.model_config(tokenizer.vocab_size)).double().eval()
+    twin = copy.deepcopy(model)
+    batches = [collate(examples[:1]), collate(examples[1:])]  # of unequal size
+    loss, norm = _train_step(model, objective, batches, make_optimizer(model, recipe), recipe)
+    expected, count = weighted_loss(objective, twin, collate(examples), "token")
+    (expected / count).backward()
+    whole_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), recipe.clip_norm)
+    make_optimizer(twin, recipe).step()
+    torch.testing.assert_close(loss, expected.detach() / count, check_dtype=False)
+    torch.testing.assert_close(norm, whole_norm)
+    assert norm > 2 * recipe.clip_norm
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        # Adam's step hides a factor of the gradient, so the gradients are compared too.
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_bfloat16_trains_float32_weights(tmp_path, whole):
     start(tmp_path, replace(RECIPE, dtype="bfloat16", steps=3))
     assert all(math.isfinite(loss) for _, loss in losses(tmp_path))
     assert {w.dtype for w in weights(tmp_path).values()} == {torch.float32}
+    pairs = zip(losses(tmp_path), losses(whole), strict=False)
+    apart = [abs(low[1] - full[1]) for low, full in pairs]
+    assert 0 < apart[0] < 0.1  # the same batch and weights, rounded
 
 
 @pytest.mark.parametrize("name", ["tpu:0", "cuda:99", "no device"])

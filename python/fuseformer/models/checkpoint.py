@@ -70,6 +70,14 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     return f"{crc:08x}"
 
 
+def serialized(tensors: dict[str, Tensor]) -> bytes:
+    """Return CPU tensors as the bytes of a safetensors file that tells of flipped bits."""
+    import safetensors.torch
+
+    # One entry and no more: safetensors writes several in an order that changes.
+    return safetensors.torch.save(tensors, {"crc32": _checksum(tensors)})
+
+
 def save_model(model: Model, folder: str | Path) -> None:
     """Write `model` to `folder`, which is made if need be.
 
@@ -78,14 +86,11 @@ def save_model(model: Model, folder: str | Path) -> None:
     complete. Raises `TypeError` for a model of another class, and `OSError` where the disk is full
     or the folder cannot be written.
     """
-    import safetensors.torch
-
     description = json.dumps(_description(model), indent=1) + "\n"
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    # One entry and no more: safetensors writes several in an order that changes.
-    content = safetensors.torch.save(tensors, {"crc32": _checksum(tensors)})
+    content = serialized(tensors)
     folder = Path(folder)
     if not folder.is_dir():
         folder.mkdir(parents=True)
@@ -167,7 +172,8 @@ def _build(path: Path, described: dict[str, Any], weights: int) -> nn.Module:
         raise ValueError(f"{prefix}{message}") from error
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return a safetensors file's tensors; raises `ValueError` where it is missing or damaged."""
     import safetensors
 
     try:
@@ -178,7 +184,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: truncated or corrupt: {_one_line(error)}") from error
     if checksum is not None and checksum != _checksum(tensors):
-        raise ValueError(f"{path}: corrupt: its checksum does not fit the weights")
+        raise ValueError(f"{path}: corrupt: its checksum does not fit the content")
     return tensors
 
 
@@ -208,7 +214,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Model:
     """
     config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     described = _read_description(config_path)
-    tensors = _read_weights(weights_path)
+    tensors = read_tensors(weights_path)
     model = _build(config_path, described, len(tensors))
     _check_weights(weights_path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)

@@ -4,6 +4,8 @@ Sequences are laid end to end, without padding; `cu_seqlens` says where each beg
 `varlen_attention` reads it.
 """
 
+import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -61,6 +63,11 @@ class PackedBatch:
     seed: int
 
     @property
+    def tokens(self) -> int:
+        """How many positions a model computes."""
+        return self.input_ids.numel()
+
+    @property
     def supervised(self) -> int:
         """How many positions have a target."""
         return int((self.targets != IGNORE_INDEX).sum())
@@ -80,6 +87,11 @@ class Seq2SeqBatch(PackedBatch):
     source_cu_seqlens: Tensor
     source_max_seqlen: int
     source_positions: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """How many positions a model computes, sources and targets together."""
+        return self.input_ids.numel() + self.source_ids.numel()
 
 
 AnyExample = TypeVar("AnyExample", Example, Seq2SeqExample)
@@ -248,6 +260,14 @@ class PackedSampler:
     def tokens_per_epoch(self) -> int:
         """The positions of all examples."""
         return sum(example.tokens for example in self._examples)
+
+    def fingerprint(self) -> str:
+        """Return a number, as text, that changes with any token of the examples or their order."""
+        crc = 0
+        for example in self._examples:
+            for part in fields(example):
+                crc = zlib.crc32(array("q", getattr(example, part.name)).tobytes(), crc)
+        return f"{crc:08x}"
 
     def state_dict(self) -> dict[str, int]:
         """Return what `load_state_dict` needs to continue with the next batch."""

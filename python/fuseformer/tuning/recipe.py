@@ -107,6 +107,8 @@ class Recipe:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)}, expected a whole number from {least} up"
                 )
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: got {self.seed}, expected a whole number below 2**63")
         for name in ("final_rate", "beta1", "beta2", "held_out_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 to 1")
@@ -130,7 +132,7 @@ class Recipe:
         found = {}
         for item in self.repeat:
             task, _, times = item.partition("=")
-            if not task or not times.isdigit() or int(times) < 1:
+            if not task or not (times.isascii() and times.isdigit()) or int(times) < 1:
                 raise ValueError(f"repeat: got {item!r}, expected TASK=TIMES, times from 1 up")
             found[task] = int(times)
         return found
@@ -153,8 +155,11 @@ class Recipe:
         lines = []
         for spec in fields(self):
             value = getattr(self, spec.name)
-            # JSON's strings, numbers and lists of strings are TOML's, once nothing is non-ASCII.
-            text = json.dumps(list(value) if isinstance(value, tuple) else value)
+            # JSON's strings, numbers and lists are TOML's, but for \u escapes of surrogate pairs
+            # and for the one control character that JSON does not escape.
+            text = json.dumps(
+                list(value) if isinstance(value, tuple) else value, ensure_ascii=False
+            ).replace("\x7f", "\\u007f")
             lines += [f"# {spec.metadata['help']}", f"{spec.name} = {text}"]
         return "\n".join(lines) + "\n"
 

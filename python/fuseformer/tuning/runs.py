@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fuseformer.files import sync_folder, write_atomically
-from fuseformer.models.checkpoint import load_model, save_model
+from fuseformer.models.checkpoint import load_model, read_tensors, save_model, serialized
+from fuseformer.models.language_model import TokenModel
 from fuseformer.tuning.recipe import Recipe, read_recipe
 from fuseformer.tuning.tokenizer import Tokenizer
 
@@ -43,11 +42,18 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put AdamW's state back; raises `ValueError` where it is not that of these parameters."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        kind, *rest = key.split(".")
-        if kind == "optimizer":
-            state.setdefault(int(rest[0]), {})[rest[1]] = value
+        _, number, name = key.split(".")
+        state.setdefault(int(number), {})[name] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if set(state) != set(range(len(parameters))):
+        raise ValueError(f"the state of {len(state)} parameters, the model has {len(parameters)}")
+    for index, parameter in enumerate(parameters):
+        moments = [state[index].get(name) for name in ("exp_avg", "exp_avg_sq")]
+        if any(m is None or m.shape != parameter.shape for m in moments):
+            raise ValueError(f"the state of parameter {index} is not of shape {parameter.shape}")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
@@ -80,6 +86,7 @@ class Run:
         """
         self.check_unused()
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.clear_leftovers()
         self.log.unlink(missing_ok=True)
         text = recipe.to_toml().encode()
         write_atomically(self.folder / "recipe.toml", lambda file: file.write(text))
@@ -88,6 +95,13 @@ class Run:
     def recipe(self) -> Recipe:
         """The recipe that the run was made with; raises `ValueError` where it cannot be read."""
         return read_recipe(self.folder / "recipe.toml")[0]
+
+    def clear_leftovers(self) -> None:
+        """Remove what a kill left of checkpoints that were being written or removed."""
+        complete = set(self.checkpoints())
+        for path in (self.folder / "checkpoints").glob("step-*"):
+            if path not in complete:
+                shutil.rmtree(path)
 
     def checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""
@@ -122,16 +136,16 @@ class Run:
         tensors = _optimizer_tensors(optimizer) | _random_states()
         numbers = {"step": step, **numbers}
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            self.clear_leftovers()
             partial.mkdir(parents=True)
             save_model(model, partial)
             tokenizer.save(partial / "tokenizer.json")
-            content = safetensors.torch.save(tensors)
+            content = serialized(tensors)
             write_atomically(partial / STATE_TENSORS, lambda file: file.write(content))
             text = json.dumps(numbers).encode()
             write_atomically(partial / STATE_NUMBERS, lambda file: file.write(text))
             if target.exists():  # the run was resumed from an older one and came here again
-                shutil.rmtree(target)
+                target.rename(target.with_suffix(".replaced"))
             partial.rename(target)
             sync_folder(target.parent)
         except OSError as error:
@@ -141,8 +155,10 @@ class Run:
             raise CheckpointError(
                 f"{target}: the checkpoint cannot be written ({error.strerror or error}); {kept}"
             ) from None
+        # Renamed first: a folder that is half removed must not count as a checkpoint.
         for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            old.rename(old.with_suffix(".removed"))
+        self.clear_leftovers()
         return target
 
     def restore(self, checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -151,30 +167,41 @@ class Run:
         Raises `CheckpointError` for files that are missing, damaged, or of another model.
         """
         numbers = _read_numbers(checkpoint)
+        path = checkpoint / STATE_TENSORS
         try:
-            tensors = safetensors.torch.load_file(checkpoint / STATE_TENSORS)
+            tensors = read_tensors(path)
             random = {k: tensors.pop(k) for k in list(tensors) if k.startswith("random.")}
             _restore_optimizer(optimizer, tensors)
             torch.set_rng_state(random["random.cpu"])
             if torch.cuda.is_available() and "random.cuda" in random:
                 torch.cuda.set_rng_state(random["random.cuda"])
-        except (OSError, safetensors.SafetensorError, KeyError, IndexError, ValueError) as error:
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{checkpoint / STATE_TENSORS}: not the training state of this run ({error}); "
-                "remove the folder to go on from the checkpoint before it"
+                f"{path}: not the training state of this run ({error}); remove the folder to go on "
+                "from the checkpoint before it"
             ) from None
         return numbers
 
     def write_log(self, lines: list[dict[str, Any]]) -> None:
-        """Append steps to the log."""
-        with self.log.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        """Append steps to the log; raises `CheckpointError` where it cannot be written."""
+        try:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            last = self.checkpoints()
+            raise CheckpointError(
+                f"{self.log}: cannot be written ({error.strerror or error}); the last good "
+                f"checkpoint is {last[-1] if last else 'none yet'}"
+            ) from None
 
     def read_log(self) -> list[dict[str, Any]]:
         """Return the logged steps; a last line that a kill cut short is left out."""
         if not self.log.exists():
             return []
-        return list(_complete_lines(self.log.read_text(encoding="utf-8")))
+        try:
+            return list(_complete_lines(self.log.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise CheckpointError(f"{self.log}: not a log of steps ({error})") from None
 
     def rewind_log(self, step: int) -> None:
         """Drop the logged steps after `step`: a resumed run does them again."""
@@ -184,8 +211,11 @@ class Run:
 
 
 def _complete_lines(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.split("\n")[:-1]:
-        yield json.loads(line)
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        entry = json.loads(line)
+        if not isinstance(entry, dict) or not {"step", "loss"} <= set(entry):
+            raise ValueError(f"line {number} has no step and loss")
+        yield entry
 
 
 def _read_numbers(checkpoint: Path) -> dict[str, Any]:
@@ -194,12 +224,12 @@ def _read_numbers(checkpoint: Path) -> dict[str, Any]:
         numbers = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(numbers, dict) or not isinstance(numbers.get("step"), int):
+    if not isinstance(numbers, dict) or set(numbers) != {"step", "tokens", "data", "sampler"}:
         raise CheckpointError(f"{path}: not the training state of a run")
     return numbers
 
 
-def load_tuned(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokenizer, Path]:
+def load_tuned(path: str | Path, device: str = "cpu") -> tuple[TokenModel, Tokenizer, Path]:
     """Return the model and tokenizer of a checkpoint, or of the newest in a run, and its folder.
 
     Raises `ValueError` naming the file for a folder that holds neither, and for damaged or foreign
@@ -210,4 +240,7 @@ def load_tuned(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokeni
         raise ValueError(f"{folder}: no such folder, expected a run or a checkpoint")
     if (folder / "checkpoints").is_dir():
         folder = Run(folder).latest()
-    return load_model(folder, device), Tokenizer.load(folder / "tokenizer.json"), folder
+    model = load_model(folder, device)
+    if not isinstance(model, TokenModel):
+        raise ValueError(f"{folder}: holds a {type(model).__name__}, expected a language model")
+    return model, Tokenizer.load(folder / "tokenizer.json"), folder

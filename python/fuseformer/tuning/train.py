@@ -144,15 +144,17 @@ def train(
     *,
     resume: Path | None = None,
     title: str = "training",
+    advice: str = "go on with --resume",
 ) -> Outcome:
     """Train `model` on `examples` as `recipe` says, keeping log and checkpoints in a new `run`.
 
     `resume` is the checkpoint of this run whose weights `model` has: its optimizer, data order and
     random generators go on as if nothing had happened, so that on a CPU the losses are the same to
-    the last bit. SIGTERM and SIGINT save and return. Raises `NonFiniteLossError` for a loss or
-    gradient that is not finite, with the weights as they were before that step, `CheckpointError`
-    where a checkpoint cannot be written or belongs to other data, and `ValueError` for examples
-    that do not fit.
+    the last bit. SIGTERM and SIGINT save, say so with `advice`, and return.
+
+    Raises `NonFiniteLossError` for a loss or gradient that is not finite, with the weights as they
+    were before that step, `CheckpointError` where a checkpoint cannot be written or belongs to
+    other data, and `ValueError` for examples that do not fit.
     """
     device = resolve_device(recipe.device)
     model.to(device).train()
@@ -171,20 +173,17 @@ def train(
     else:
         numbers = run.restore(resume, optimizer)
         step, tokens, last = numbers["step"], numbers["tokens"], resume
-        if numbers["epoch_tokens"] != sampler.tokens_per_epoch:
+        if numbers["data"] != sampler.fingerprint():
             raise CheckpointError(
-                f"{resume}: was saved with other data: an epoch had {numbers['epoch_tokens']} "
-                f"tokens and has {sampler.tokens_per_epoch} now; start a new run"
+                f"{resume}: was saved with other data: corpus or records have changed since; "
+                "start a new run"
             )
         sampler.load_state_dict(numbers["sampler"])
     run.rewind_log(step)
+    data, saved = sampler.fingerprint(), step
 
     def save() -> Path:
-        numbers = {
-            "tokens": tokens,
-            "epoch_tokens": sampler.tokens_per_epoch,
-            "sampler": sampler.state_dict(),
-        }
+        numbers = {"tokens": tokens, "data": data, "sampler": sampler.state_dict()}
         return run.save(step, model, tokenizer, optimizer, numbers, recipe.keep)
 
     bar = tqdm(
@@ -210,7 +209,7 @@ def train(
                     f"good checkpoint is {last or 'none yet'}; a lower learning_rate may help"
                 )
             step += 1
-            seen = sum(batch.input_ids.numel() for batch in batches)
+            seen = sum(batch.tokens for batch in batches)
             tokens += seen
             seconds = time.perf_counter() - start
             run.write_log(
@@ -228,15 +227,13 @@ def train(
             bar.set_postfix_str(f"loss {loss:.3f}, {seen / seconds:.0f} tokens/s", refresh=False)
             bar.update()
             if step % recipe.save_every == 0 or step == recipe.steps:
-                last = save()
-        if stop.name and (last is None or step < recipe.steps):
+                last, saved = save(), step
+        if last is None or saved != step:  # a signal came between two checkpoints
             last = save()
-    assert last is not None  # a recipe has at least one step
     interrupted = step < recipe.steps
     if interrupted:
         print(
-            f"{stop.name}: stopped after step {step} of {recipe.steps} and saved {last}; "
-            "go on with --resume",
+            f"{stop.name}: stopped after step {step} of {recipe.steps} and saved {last}; " + advice,
             file=sys.stderr,
         )
     return Outcome(step, last, interrupted)
