@@ -50,8 +50,8 @@ def tuned(pretrained, records, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tuned"
     run(
         *("tune", "--model", pretrained, "--output", folder, "--records", records),
-        *("--held-out", records, "--steps", 100, "--learning-rate", 0.005, "--weighting", "record"),
-        *("--tokens-per-batch", 400, "--save-every", 100),
+        *("--held-out", records, "--steps", 300, "--learning-rate", 0.005, "--weighting", "record"),
+        *("--tokens-per-batch", 400, "--save-every", 300),
     )
     return folder
 
@@ -206,7 +206,7 @@ def test_what_a_user_gets_wrong_is_one_line(corpus, records, pretrained, tmp_pat
     assert "temperature: got -1" in refused(
         capsys, *("generate", pretrained, "a", "--temperature", -1, "--max-new-tokens", 2)
     )
-    assert "there is no folder" in refused(
+    assert "expected a file in a folder that exists" in refused(
         capsys, "evaluate", pretrained, "--json", tmp_path / "none" / "figures.json"
     )
     line = refused(
@@ -262,6 +262,79 @@ def test_damaged_checkpoints_are_named(pretrained, tmp_path, capsys):
         damage(Run(copy).latest() / name)
         assert name in refused(capsys, "generate", copy, "the", "--max-new-tokens", 2)
         shutil.rmtree(copy)
+
+
+def test_output_that_cannot_be_written_is_no_traceback(pretrained):
+    program = [sys.executable, "-m", "fuseformer.cli"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*program, "info"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr == "fuseformer info: [Errno 28] No space left on device\n"
+    pipe = subprocess.Popen([*program, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipe.stdout.close()
+    assert b"Traceback" not in pipe.stderr.read()
+    assert pipe.wait() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "RUN", "\udcff"), "surrogates not allowed"),
+        (("generate", "RUN", "a", "--max-new-tokens", 0), "max_new_tokens: got 0"),
+        (("generate", "RUN", "a", "--instruction", "b"), "prompt: got one besides"),
+        (("generate", "RUN", "a", "--input", "b"), "input: expected together"),
+        (("evaluate", "RUN", "--limit", -1), "limit: got -1"),
+        (("evaluate", "RUN", "--max-new-tokens", 0), "max_new_tokens: got 0"),
+        (("tune", "--model", "RUN", "--output", "x", "--corpus", "c"), "corpus: tuning reads"),
+        (("tune", "--model", "RUN", "--output", "x", "--resume"), "model: a resumed run"),
+        (("pretrain", "--output", "x", "--width", 10**9, "--corpus", "CORPUS"), "memory"),
+    ],
+)
+def test_arguments_that_would_be_dropped_or_fail_later_are_refused(
+    arguments, message, pretrained, corpus, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    names = {"RUN": pretrained, "CORPUS": corpus}
+    assert message in refused(capsys, *(names.get(a, a) for a in arguments))
+
+
+def test_odd_records_are_named_by_line(tmp_path, capsys):
+    path = tmp_path / "odd.jsonl"
+    for odd in (
+        "[" * 100_000,
+        '{"instruction": "\\ud800", "output": "b", "task": "c"}',
+        "9" * 5000,
+    ):
+        path.write_text(odd + "\n")
+        line = refused(capsys, "tune", "--output", tmp_path / "new", "--records", path)
+        assert "odd.jsonl, line 1: " in line
+        line = refused(capsys, "pretrain", "--output", tmp_path / "new", "--corpus", path)
+        assert "odd.jsonl, line 1: " in line
+
+
+def test_a_checkpoint_outside_its_run_says_itself_what_it_is(corpus, records, tmp_path, capsys):
+    flags = ("--objective", "seq2seq", *RECIPE_FLAGS)
+    run("pretrain", "--corpus", corpus, "--output", tmp_path / "run", *flags)
+    shutil.copytree(Run(tmp_path / "run").latest(), tmp_path / "alone")
+    capsys.readouterr()
+    run("evaluate", tmp_path / "alone", "--records", records)
+    assert "classification accuracy" in capsys.readouterr().out
+    # A source and its target have positions of their own.
+    run("generate", tmp_path / "alone", "the fox " * 6, "--max-new-tokens", 40)
+
+
+def test_one_label_is_no_choice(pretrained, tmp_path, capsys):
+    record = {"instruction": "Which?", "input": "fox", "output": "a", "task": "classification"}
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    capsys.readouterr()
+    run("evaluate", pretrained, "--records", path)
+    out = capsys.readouterr().out
+    assert "classification perplexity" in out
+    assert "accuracy" not in out
 
 
 def test_a_traceback_is_shown_where_it_is_asked_for():

@@ -16,7 +16,7 @@ from fuseformer.models.plain import PlainModel
 from fuseformer.tuning.attention_map import AttentionMap, attention_maps, sharpest_map
 from fuseformer.tuning.batches import causal_example
 from fuseformer.tuning.comparison import Comparison, compare_with_torch
-from fuseformer.tuning.demo import FULL, QUICK
+from fuseformer.tuning.demo import FULL, MARK, QUICK, run_demo
 from fuseformer.tuning.plots import running_mean
 from fuseformer.tuning.report import Example, Row, table, write_report
 from fuseformer.tuning.runs import Run, load_tuned
@@ -28,6 +28,7 @@ from fuseformer.tuning.tokenizer import Tokenizer
 def demo(tmp_path_factory):
     """The folder and the printed text of `fuseformer demo --quick`, run a second time over one."""
     folder = tmp_path_factory.mktemp("demo")
+    (folder / MARK).touch()
     (folder / "pretrain").mkdir()
     (folder / "pretrain" / "recipe.toml").write_text("steps = 1\n")
     (folder / "pretrain" / "left behind").write_text("by an earlier one")
@@ -48,6 +49,15 @@ def test_the_table_has_every_task_before_and_after(demo):
     assert all(0 <= float(value) <= 100 for value in accuracy.groups())
     assert len(re.findall(r"^    tuned: ", text, re.M)) == 2 * len(DEFAULT_TASKS)
     assert "as fast as torch.nn's" in text
+
+
+def test_runs_of_others_are_left_alone(tmp_path):
+    notes = tmp_path / "tune" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    with pytest.raises(ValueError, match=r"output: .*tune is not from a demonstration"):
+        run_demo(tmp_path, quick=True)
+    assert notes.read_text() == "mine"
 
 
 def test_its_runs_serve_the_other_commands(demo):

@@ -7,6 +7,7 @@ import torch
 from tiny_runs import RECIPE, texts
 
 from fuseformer.tuning.batches import collate
+from fuseformer.tuning.commands import held_out_perplexity
 from fuseformer.tuning.evaluation import evaluate
 from fuseformer.tuning.instructions import IGNORE_INDEX, Record, encode_answer, encode_prompt
 from fuseformer.tuning.language_model import TunedModel
@@ -110,3 +111,22 @@ def test_tuned_models_can_be_evaluated(kind):
     result = evaluate(tuned, TOKENIZER, RECORDS, max_length=64, max_new_tokens=6)
     assert result.metrics["question_answering"]["perplexity"] > 1
     assert len(result.answers["question_answering"]) == 2
+
+
+def test_runs_of_tokens_are_kept_from_recurring_where_it_is_asked_for():
+    model = model_of("causal")
+    prompts = [encode_prompt(record, TOKENIZER) for record in RECORDS]
+    free = TunedModel(model, TOKENIZER).generate(prompts, 20)
+    kept = TunedModel(model, TOKENIZER, no_repeat=1).generate(prompts, 20)
+    assert all(len(set(said)) == len(said) for said in kept)
+    assert kept != free
+
+
+def test_held_out_perplexity_is_without_dropout():
+    torch.manual_seed(0)
+    config = replace(RECIPE, dropout=0.5).model_config(TOKENIZER.vocab_size)
+    own = objective("causal", max_length=48)
+    model = own.new_model(config).train()
+    values = [held_out_perplexity(model, own, texts(4)) for _ in range(2)]
+    assert values[0] == values[1]
+    assert model.training

@@ -144,23 +144,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         text = parsed.run(parsed)
+        if text:
+            print(text, flush=True)
     except BrokenPipeError:  # the reader of the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:  # training saves and returns; this is everything else
         print(f"fuseformer {parsed.command}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    # PyTorch reports memory that it cannot get as a RuntimeError.
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
         if parsed.traceback:
             raise
         remedy = ""
         if isinstance(error, ModuleNotFoundError):
             remedy = '; install what tuning needs with: pip install "fuseformer[tune]"'
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split()) or type(error).__name__
         print(f"fuseformer {parsed.command}: {message}{remedy}", file=sys.stderr)
         return 2
-    if text:
-        print(text)
     return 0
 
 

@@ -15,21 +15,18 @@ from fuseformer.models.config import ModelConfig
 from fuseformer.models.language_model import TokenModel
 from fuseformer.models.modes import evaluating
 from fuseformer.tuning.batches import PackedSampler
-from fuseformer.tuning.corpora import read_documents
-from fuseformer.tuning.dataset import build_split, mixture
 from fuseformer.tuning.evaluation import evaluate
 from fuseformer.tuning.instructions import (
     DEFAULT_TEMPLATE,
     IGNORE_INDEX,
-    Record,
     read_records,
 )
 from fuseformer.tuning.language_model import TunedModel
 from fuseformer.tuning.metrics import perplexity
-from fuseformer.tuning.objectives import Objective, make_objective
+from fuseformer.tuning.objectives import Objective, make_objective, objective_of
 from fuseformer.tuning.recipe import Recipe, differences, merged
 from fuseformer.tuning.runs import Run, load_tuned
-from fuseformer.tuning.splitting import is_held_out, normalised
+from fuseformer.tuning.sources import corpus_texts, held_out_records, training_records
 from fuseformer.tuning.tokenizer import Tokenizer
 from fuseformer.tuning.train import Outcome, resolve_device, train
 
@@ -39,42 +36,6 @@ NEW_TOKENS = 60
 JUDGED_NO_REPEAT = 3
 AnyModel = TypeVar("AnyModel", bound=TokenModel)
 _MODEL_FIELDS = tuple(spec.name for spec in fields(ModelConfig))
-
-
-def corpus_texts(recipe: Recipe) -> tuple[list[str], list[str]]:
-    """Return the documents to pretrain on, and those kept to judge by, drawn by their content."""
-    documents = read_documents(recipe.corpus) if recipe.corpus else _made(recipe).corpus
-    parts: tuple[list[str], list[str]] = ([], [])
-    for document in documents:
-        parts[is_held_out(normalised(document.text), recipe.held_out_share)].append(document.text)
-    if not parts[0]:
-        raise ValueError("held_out_share: no document is left to train on; lower it")
-    return parts
-
-
-def _made(recipe: Recipe) -> Any:
-    return build_split(recipe.tasks, language=recipe.language, train_per_task=recipe.train_per_task)
-
-
-def training_records(recipe: Recipe) -> list[Record]:
-    """Return the records of an epoch: the user's, or those made of Python's documentation."""
-    if recipe.records:
-        records = [record for path in recipe.records for record in read_records(path)]
-    else:
-        records = _made(recipe).train
-    return mixture(records, recipe.repeats())
-
-
-def held_out_records(recipe: Recipe) -> list[Record]:
-    """Return the records to judge by; raises `ValueError` where a run names none."""
-    if recipe.held_out:
-        return [record for path in recipe.held_out for record in read_records(path)]
-    if recipe.records:
-        raise ValueError(
-            "held_out: the run was tuned on its own records and names none to judge by; pass "
-            "--records FILE"
-        )
-    return _made(recipe).held_out
 
 
 def new_model(recipe: Recipe, tokenizer: Tokenizer) -> nn.Module:
@@ -157,6 +118,13 @@ def tune(
     base: Path | None,
 ) -> Outcome:
     """Train a checkpoint, or a new model, on instruction records; return where it stopped."""
+    for name in ("corpus", "held_out_share"):
+        if name in given:
+            raise ValueError(f"{name}: tuning reads records, not documents; leave it out")
+    if resume and base is not None:
+        raise ValueError("model: a resumed run goes on from its own checkpoint; leave it out")
+    # Records are made of the same text as documents: none of those stays unseen.
+    recipe = replace(recipe, held_out_share=0.0)
     checkpoint = None
     if resume:
         run, recipe, checkpoint, model, tokenizer = _reopen(folder, given)
@@ -194,12 +162,16 @@ def evaluate_run(
     device: str,
 ) -> str:
     """Judge a checkpoint by held-out records; return the table, and write JSON to `output`."""
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"json: there is no folder {output.parent} to write {output.name} to")
+    for name, number in (("limit", limit), ("max_new_tokens", max_new_tokens)):
+        _check_positive(name, number)
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"json: got {output}, expected a file in a folder that exists")
     model, tokenizer, folder = load_tuned(path, str(resolve_device(device)))
-    recipe = _recipe_of(folder)
+    recipe = _recipe_of(folder, model)
     metrics: dict[str, dict[str, float]] = {}
-    if not records and not recipe.records:
+    if records and recipe.objective == "masked":
+        raise ValueError("records: a masked language model is judged by documents, not by records")
+    if not records and not recipe.records and recipe.held_out_share:
         _, texts = corpus_texts(recipe)
         if texts:
             objective = make_objective(recipe, tokenizer)
@@ -222,9 +194,9 @@ def evaluate_run(
             language=recipe.language,
         ).metrics
     if not metrics:
+        remedy = "" if recipe.objective == "masked" else "; pass --records FILE"
         raise ValueError(
-            f"{folder}: nothing to judge by: no document was held out of its corpus; pass "
-            "--records FILE"
+            f"{folder}: nothing to judge by: no document was held out of its corpus{remedy}"
         )
     if output is not None:
         text = json.dumps({"checkpoint": str(folder), "metrics": metrics}, indent=1) + "\n"
@@ -232,7 +204,12 @@ def evaluate_run(
     return metrics_table({"": metrics})
 
 
-def held_out_perplexity(model: nn.Module, objective: Objective, texts: Sequence[str]) -> float:
+def _check_positive(name: str, number: int | None) -> None:
+    if number is not None and number < 1:
+        raise ValueError(f"{name}: got {number}, expected a whole number from 1 up")
+
+
+def held_out_perplexity(model: Any, objective: Objective, texts: Sequence[str]) -> float:
     """Return the perplexity of what `objective` predicts in documents kept out of training."""
     recipe = objective.recipe
     examples = objective.from_documents(texts)
@@ -245,15 +222,21 @@ def held_out_perplexity(model: nn.Module, objective: Objective, texts: Sequence[
     total, count = 0.0, 0
     with evaluating(model), torch.no_grad():
         while sampler.position < len(examples):
-            loss, targets = objective.token_losses(model, next(sampler), "sum")
+            batch = next(sampler).to(model.device)
+            loss, targets = objective.token_losses(model, batch, "sum")
             total, count = total + float(loss), count + int((targets != IGNORE_INDEX).sum())
     return perplexity(total, count)
 
 
-def _recipe_of(checkpoint: Path) -> Recipe:
-    """Return the recipe of the run that a checkpoint lies in, or the defaults outside of one."""
-    folder = checkpoint.parent.parent
-    return Run(folder).recipe if (folder / "recipe.toml").exists() else Recipe()
+def _recipe_of(checkpoint: Path, model: Any) -> Recipe:
+    """Return the recipe of the run that a checkpoint lies in, or the defaults outside of one.
+
+    What the model itself says, its kind and sizes, comes from the model.
+    """
+    folder = checkpoint.resolve().parent.parent
+    recipe = Run(folder).recipe if (folder / "recipe.toml").exists() else Recipe()
+    sizes = {name: getattr(model.config, name) for name in _MODEL_FIELDS}
+    return replace(recipe, objective=objective_of(model), **sizes)
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -291,6 +274,11 @@ def generate_text(
 
     At most `max_new_tokens`, which default to `NEW_TOKENS`, or fewer where the model has less room.
     """
+    _check_positive("max_new_tokens", max_new_tokens)
+    if instruction is not None and prompt is not None:
+        raise ValueError("prompt: got one besides an instruction, expected one of the two")
+    if instruction is None and input:
+        raise ValueError("input: expected together with an instruction")
     model, tokenizer, _ = load_tuned(path, str(resolve_device(device)))
     tuned = TunedModel(model, tokenizer, no_repeat)
     text = DEFAULT_TEMPLATE.prompt(instruction, input) if instruction is not None else prompt
@@ -298,14 +286,13 @@ def generate_text(
         text = sys.stdin.read().rstrip("\n")
     ids = [tokenizer.bos_id, *tokenizer.encode(text)]
     if max_new_tokens is None:
-        max_new_tokens = max(1, min(NEW_TOKENS, tuned.max_length - len(ids)))
-    room = tuned.max_length - max_new_tokens
-    if len(ids) > room:
+        max_new_tokens = max(1, min(NEW_TOKENS, tuned.room_behind(len(ids))))
+    if max_new_tokens > tuned.room_behind(len(ids)):
         raise ValueError(
-            f"prompt: got {len(ids)} tokens, the model of {tuned.max_length} has room for {room} "
-            f"before {max_new_tokens} new ones"
+            f"prompt: got {len(ids)} tokens, behind which the model of {tuned.max_length} has room "
+            f"for {max(0, tuned.room_behind(len(ids)))} new ones, not for {max_new_tokens}"
         )
-    generator = torch.Generator(model.device).manual_seed(seed)  # type: ignore[arg-type]
+    generator = torch.Generator(model.device).manual_seed(seed)
     (new,) = tuned.generate(
         [ids],
         max_new_tokens,

@@ -44,10 +44,11 @@ _PLACEHOLDERS = re.compile(
 
 @dataclass(frozen=True)
 class Document:
-    """A text to model and where it comes from."""
+    """A text to model and where it comes from; documents of one `group` say the same."""
 
     source: str
     text: str
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def read_documents(paths: Iterable[str | Path]) -> list[Document]:
             raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        if path.suffix != ".jsonl":
+        if path.suffix.lower() not in (".jsonl", ".ndjson"):
             documents.append(Document(str(path), content.strip()))
             continue
         for number, line in enumerate(content.split("\n"), 1):
@@ -217,11 +218,19 @@ def read_documents(paths: Iterable[str | Path]) -> list[Document]:
     return documents
 
 
+def is_text(text: str) -> bool:
+    """Say whether a string can be written as UTF-8: JSON's escapes may make half a character."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def _text_of_line(line: str, path: Path, number: int) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError(f'{path}, line {number}: want an object with a string "text"')
-    return record["text"].strip()
+    text: str = record["text"].strip()
+    if not is_text(text):
+        raise ValueError(f"{path}, line {number}: half a surrogate pair, want Unicode text")
+    return text

@@ -65,10 +65,10 @@ def build_split(
     """Build the tasks and a pretraining corpus that shares nothing with what is held out.
 
     Groups of texts are held out by a hash of their content, the same for all tasks. Training
-    records and paragraphs of the corpus that repeat a held-out text, or `OVERLAP_WORDS` of its
-    words in a row, are dropped. Each task is thinned to at most `train_per_task` and
-    `held_out_per_task` records, classification with equally many of each label. Raises `ValueError`
-    for an unknown task.
+    records and paragraphs of the corpus that repeat a text held out for any task, or
+    `OVERLAP_WORDS` of its words in a row, are dropped. Each task is thinned to at most
+    `train_per_task` and `held_out_per_task` records, classification with equally many of each
+    label. Raises `ValueError` for an unknown task.
     """
     for task in tasks:
         if task not in TASKS:
@@ -84,15 +84,17 @@ def build_split(
         TRANSLATION: lambda: translation(pairs),
         WRITING: lambda: writing(pages),
     }
-    made = {task: makers[task]() for task in dict.fromkeys(tasks)}
+    # What any task holds out is kept from training: the corpus may be that of a base for them all.
+    made = {task: makers[task]() for task in TASKS}
     split = Split()
     kept_out: list[Item] = []
-    for items in made.values():
-        out = [item for item in items if is_held_out(item.group, held_out_fraction, seed)]
-        kept_out += _thinned(out, held_out_per_task, seed)
-    split.held_out = [item.record for item in kept_out]
+    for task in dict.fromkeys((*tasks, *TASKS)):
+        out = [item for item in made[task] if is_held_out(item.group, held_out_fraction, seed)]
+        out = _thinned(out, held_out_per_task, seed)
+        kept_out += out
+        split.held_out += [item.record for item in out if task in tasks]
     secret = HeldOutText(text for item in kept_out for text in item.texts)
-    for items in made.values():
+    for items in (made[task] for task in dict.fromkeys(tasks)):
         rest = [
             item
             for item in items
@@ -136,10 +138,10 @@ def _corpus(
         seen.add(normalised(item.text))
         text = secret.without_leaks(item.text)
         if text:
-            documents.append(Document(f"docstring:{item.path}", f"{item.path}\n{text}"))
+            named = Document(f"docstring:{item.path}", f"{item.path}\n{text}", group)
             # Also the other way round: what a text is about is learned from naming its owner.
             opening = text[:INPUT_CHARACTERS]
-            documents.append(Document(f"named:{item.path}", f"{opening}\n{item.path}"))
+            documents += [named, Document(f"named:{item.path}", f"{opening}\n{item.path}", group)]
     # The other language is read before it is to be written; the pairs themselves stay in the task.
     foreign = [pair.target for pair in pairs if not secret.leaks_into(pair.target)]
     documents += [

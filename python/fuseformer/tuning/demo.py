@@ -1,7 +1,7 @@
 """The demonstration: pretrain, tune, judge before and after, compare, report, in minutes on a CPU.
 
-Every figure comes from this run. The sizes below are what fits the time; nothing else differs from
-what `fuseformer pretrain`, `tune` and `evaluate` do.
+Every figure comes from this run. The sizes below are what fits the time; what is done is what
+`fuseformer pretrain`, `tune` and `evaluate` do with these recipes.
 """
 
 import platform
@@ -29,6 +29,7 @@ from fuseformer.tuning.recipe import Recipe
 from fuseformer.tuning.recurrent import RecurrentResult, train_recurrent
 from fuseformer.tuning.report import Example, comparison_rows, table, write_report
 from fuseformer.tuning.runs import Run
+from fuseformer.tuning.sources import divided
 from fuseformer.tuning.tasks import CLASSIFICATION, DEFAULT_TASKS, TRANSLATION
 from fuseformer.tuning.tokenizer import Tokenizer
 from fuseformer.tuning.train import train
@@ -66,6 +67,7 @@ _TUNING: dict[str, Any] = {
     "weighting": "root",
     "repeat": (f"{CLASSIFICATION}=4", f"{TRANSLATION}=3"),
     "dropout": 0.2,
+    "held_out_share": 0.0,
     "seed": 1,
 }
 FULL = Sizes(
@@ -103,33 +105,54 @@ class _Clock:
         self.seconds[name] = time.perf_counter() - start
 
 
-def _fresh(folder: Path) -> Run:
-    """Return a run in `folder`, from which one of an earlier demonstration is removed."""
-    if (folder / "recipe.toml").exists():
-        shutil.rmtree(folder)
-    return Run(folder)
+MARK = ".fuseformer-demo"
+
+
+def _claim(folder: Path) -> None:
+    """Make `folder` ready for a new demonstration; raises `ValueError` where others' runs lie."""
+    mark = folder / MARK
+    for name in ("pretrain", "tune"):
+        if (folder / name).exists() and not mark.exists():
+            raise ValueError(
+                f"output: {folder / name} is not from a demonstration, which would replace it; "
+                "name another folder"
+            )
+        shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def _spread(records: list[Record], count: int) -> list[Record]:
+    """Return about `count` records from all over the list, which is sorted by label."""
+    return records[:: max(1, len(records) // count)][:count]
 
 
 def run_demo(folder: Path, quick: bool = False) -> str:
     """Run the demonstration; return its table and where everything is.
 
     Leaves the runs `pretrain` and `tune`, which the other commands take, and `report.html` in
-    `folder`. Raises `ValueError` as the commands do, and where a signal ends a stage early.
+    `folder`, in the place of those of an earlier demonstration. Raises `ValueError` as the commands
+    do and where `folder` has runs that are not a demonstration's, and `SystemExit` where a signal
+    ended a stage early.
     """
     sizes, clock = QUICK if quick else FULL, _Clock()
     begin = time.perf_counter()
+    _claim(folder)
     with clock.stage("collecting text"):
-        split = build_split(
-            held_out_per_task=sizes.held_out_per_task, train_per_task=sizes.tune.train_per_task
-        )
-        texts = [document.text for document in split.corpus]
+        split = build_split(train_per_task=sizes.tune.train_per_task)
+        split.held_out = [
+            record
+            for task in DEFAULT_TASKS
+            for record in _spread(split.of_task(task, "held_out"), sizes.held_out_per_task)
+        ]
+        texts, _ = divided(split.corpus, sizes.pretrain.held_out_share)
         tokenizer = Tokenizer.train(texts, sizes.pretrain.vocab_size)
     model = cast(CausalLM, new_model(sizes.pretrain, tokenizer))
 
     def examples_of(records: Sequence[Record]) -> list[Any]:
         return list(make_objective(sizes.tune, tokenizer).from_records(records))
 
-    runs = {name: _fresh(folder / name) for name in ("pretrain", "tune")}
+    runs = {name: Run(folder / name) for name in ("pretrain", "tune")}
     with clock.stage("pretraining"):
         examples = make_objective(sizes.pretrain, tokenizer).from_documents(texts)
         _train(model, tokenizer, examples, sizes.pretrain, runs["pretrain"])
@@ -173,7 +196,7 @@ def run_demo(folder: Path, quick: bool = False) -> str:
         lines += [f"{example.task}: {example.prompt}", f"    wanted:     {example.wanted}"]
         lines += [f"    pretrained: {example.before}", f"    tuned:      {example.after}", ""]
     lines += [
-        f"a training step on packed tokens: {comparison.speedup:.2f}x as fast as torch.nn's",
+        f"forward and backward on packed tokens: {comparison.speedup:.2f}x as fast as torch.nn's",
         f"report: {folder / 'report.html'}",
         f'try: fuseformer generate {folder / "tune"} --instruction "Translate to French." '
         '--input "Open file"',
@@ -186,9 +209,17 @@ def _train(
     model: CausalLM, tokenizer: Tokenizer, examples: Sequence[Any], recipe: Recipe, run: Run
 ) -> None:
     objective = make_objective(recipe, tokenizer)
-    outcome = train(model, tokenizer, objective, examples, recipe, run, title=run.folder.name)
+    outcome = train(
+        model,
+        tokenizer,
+        objective,
+        examples,
+        recipe,
+        run,
+        title=run.folder.name,
+        advice="a demonstration begins anew",
+    )
     if outcome.interrupted:
-        # The message about the checkpoint is out; what a demonstration lacks cannot be resumed.
         raise SystemExit(0)
 
 
@@ -237,8 +268,9 @@ def _counts(after: Evaluation, split: Split) -> str:
         for task, answers in after.answers.items()
     ]
     return (
-        f"Records answered: {', '.join(parts)}; all of them for perplexity. Both models answer "
-        f"greedily, no {JUDGED_NO_REPEAT} tokens in a row twice."
+        f"Records answered: {', '.join(parts)}; all of them for perplexity. Both models write "
+        f"greedily, no {JUDGED_NO_REPEAT} tokens in a row twice, and classify by the likeliest "
+        "label. The LSTM was not pretrained."
     )
 
 
@@ -247,7 +279,8 @@ def _facts(clock: _Clock, baseline: RecurrentResult, sizes: Sizes) -> list[tuple
     facts += [
         (
             "LSTM baseline",
-            f"{baseline.parameters:,} parameters, best of {baseline.epochs} epochs "
+            f"{baseline.parameters:,} parameters, at most {sizes.baseline_seconds:.0f} s, best of "
+            f"{baseline.epochs} epochs "
             f"({baseline.best_epoch}) by validation, {baseline.validation_accuracy:.1f} % there",
         ),
         ("learning rates", f"{sizes.pretrain.learning_rate:g}, then {sizes.tune.learning_rate:g}"),

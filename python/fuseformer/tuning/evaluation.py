@@ -80,9 +80,9 @@ def evaluate(
     Every task gets the perplexity of the reference answers given their prompts. Open tasks are
     answered greedily, the first `generate_limit` records of each, and compared by token F1, exact
     match, ROUGE-L, BLEU and chrF as befits the task. Closed tasks (`CLOSED_TASKS`) choose among the
-    labels in the records the one whose whole answer, its end included, is most probable: this asks
-    what the model knows and not whether it has learned to say nothing else, so that a model before
-    tuning is judged as fairly as one after it.
+    labels in the records, where there are two, the one whose whole answer, its end included, is
+    most probable: this asks what the model knows and not whether it has learned to say nothing
+    else, so that a model before tuning is judged as fairly as one after it.
 
     Prompts are cut from the left, after the first token, where they leave no room for the answer in
     `max_length`. `language` is the one that translations are written in. Raises `ValueError`
@@ -99,6 +99,9 @@ def evaluate(
         ours = {
             "perplexity": metrics.perplexity(sum(s for s, _ in scores), sum(n for _, n in scores))
         }
+        if task in CLOSED_TASKS and len({record.output for record in own}) < 2:
+            result.metrics[task], result.answers[task] = ours, []
+            continue  # with one label to choose from, every model would be right
         if task in CLOSED_TASKS:
             texts = _choose(model, tokenizer, own, prompts, template, max_length, tokens_per_batch)
         else:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fuseformer.tuning.corpora import is_text
+
 IGNORE_INDEX = -100
 FIELDS = ("instruction", "input", "output", "task")
 
@@ -63,6 +65,8 @@ def _record_of_line(line: str, where: str) -> Record:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{where}: not JSON that can be read ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: want an object, got {type(fields).__name__}")
     fields = {"input": "", **fields}
@@ -72,6 +76,10 @@ def _record_of_line(line: str, where: str) -> Record:
         if not isinstance(fields[name], str):
             raise ValueError(
                 f'{where}: field "{name}" is {type(fields[name]).__name__}, want a string'
+            )
+        if not is_text(fields[name]):
+            raise ValueError(
+                f'{where}: field "{name}" has half a surrogate pair, want Unicode text'
             )
         if name != "input" and not fields[name].strip():
             raise ValueError(f'{where}: field "{name}" is empty')

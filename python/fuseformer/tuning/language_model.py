@@ -38,6 +38,12 @@ class TunedModel:
         """The longest sequence of tokens that the model reads."""
         return self.model.config.max_length
 
+    def room_behind(self, prompt_tokens: int) -> int:
+        """Return how many tokens can follow a prompt of so many, its beginning token included."""
+        if isinstance(self.model, EncoderDecoder):  # the target has positions of its own
+            return self.max_length - 1 if prompt_tokens <= self.max_length else 0
+        return self.max_length - prompt_tokens
+
     def _source(self, prompt: Sequence[int]) -> list[int]:
         """Return what the encoder reads for a prompt: no beginning, but an end."""
         return [*prompt[1:], self.tokenizer.eos_id]

@@ -206,6 +206,11 @@ def make_objective(recipe: Recipe, tokenizer: Tokenizer) -> Objective:
     return _OBJECTIVES[recipe.objective](tokenizer, recipe)
 
 
+def objective_of(model: nn.Module) -> str:
+    """Return the name of the objective that trains a model of this kind."""
+    return next(name for name, made in _OBJECTIVES.items() if type(model) is made.model_class)
+
+
 def weighted_loss(
     objective: Objective, model: nn.Module, batch: PackedBatch, weighting: str
 ) -> tuple[Tensor, float]:

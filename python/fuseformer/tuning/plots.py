@@ -47,7 +47,7 @@ def loss_curves(curves: Mapping[str, Sequence[float]]) -> bytes:
         mean = running_mean(losses, max(1, len(losses) // 30))
         axes.plot(steps, mean, color=color, linewidth=1.8, label=name)
     axes.set_xlabel("step")
-    axes.set_ylabel("cross entropy (nats)")
+    axes.set_ylabel("loss (nats, as weighted)")
     axes.grid(alpha=0.3)
     axes.legend()
     return _png(figure)

@@ -64,7 +64,7 @@ class Recipe:
     )
     truncation: str = _field(
         "error",
-        "a record too long for the model is an error, or loses the end of its input",
+        "a record too long is an error, or loses the end of its input (seq2seq: its middle)",
         TRUNCATIONS,
     )
     steps: int = _field(1000, "optimizer steps")

@@ -136,7 +136,7 @@ def write_report(
                     "torch.nn, padded": comparison.plain_seconds * 1e3,
                     "fuseformer, packed": comparison.fused_seconds * 1e3,
                 },
-                "milliseconds a step (median)",
+                "milliseconds of a forward and backward (median)",
             )
         ),
         decisions=comparison.decisions,

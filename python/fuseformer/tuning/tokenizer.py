@@ -87,7 +87,11 @@ class Tokenizer:
         return tuple(range(len(SPECIAL_TOKENS)))
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without special tokens."""
+        """Return the token ids of a text, without special tokens.
+
+        Raises `ValueError` for a text with half a surrogate pair, which UTF-8 cannot hold.
+        """
+        text.encode()
         return self._core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
