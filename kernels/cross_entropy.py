@@ -60,7 +60,7 @@ def _capped(logits, softcap):
 @triton.jit
 def cross_entropy_kernel(
     logits_ptr, target_ptr, lse_ptr, loss_ptr, upstream_ptr,
-    ignore_index, label_smoothing, softcap,
+    ignore_index, label_smoothing, softcap, z_loss,
     VOCAB: tl.constexpr, BLOCK_V: tl.constexpr,
     COMPUTE_LOSS: tl.constexpr, WRITE_GRADIENT: tl.constexpr, UPSTREAM_PER_ROW: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +106,10 @@ def cross_entropy_kernel(
         if label_smoothing is not None:
             chosen = (1.0 - label_smoothing) * chosen + label_smoothing * logit_sum / VOCAB
         tl.store(lse_ptr + row, lse)
-        tl.store(loss_ptr + row, lse - chosen)
+        loss = lse - chosen
+        if z_loss is not None:
+            loss += z_loss * lse * lse
+        tl.store(loss_ptr + row, loss)
         # Every thread has read the chosen logit before one of them overwrites it.
         tl.debug_barrier()
     else:
@@ -118,11 +121,16 @@ def cross_entropy_kernel(
         hit = 1.0
         if label_smoothing is not None:
             hit = 1.0 - label_smoothing
+        lse_slope = 1.0
+        if z_loss is not None:
+            lse_slope += 2.0 * z_loss * lse
         for start in range(0, VOCAB, BLOCK_V):
             inside = start + columns < VOCAB  # (BLOCK_V,)
             logits = tl.load(logits_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
             logits = _capped(logits, softcap)  # (BLOCK_V,)
             gradient = tl.exp(logits - lse)  # (BLOCK_V,)
+            if z_loss is not None:
+                gradient *= lse_slope
             gradient = tl.where(start + columns == target, gradient - hit, gradient)
             if label_smoothing is not None:
                 gradient -= label_smoothing / VOCAB
@@ -148,6 +156,7 @@ def _launch_rows(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    z_loss: float,
 ) -> None:
     """Fill `lse` and `loss` unless `loss` is None; with `upstream`, overwrite `logits`."""
     rows, vocab = logits.shape
@@ -161,6 +170,7 @@ def _launch_rows(
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing or None,
         "softcap": softcap or None,
+        "z_loss": z_loss or None,
         "VOCAB": vocab,
         "BLOCK_V": block_v,
         "COMPUTE_LOSS": loss is not None,
@@ -243,6 +253,7 @@ def linear_cross_entropy_forward(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    z_loss: float,
     reduction: str,
     compute_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -253,6 +264,7 @@ def linear_cross_entropy_forward(
     weight and bias that were summed in float32 stay so: the upstream factor is yet to come.
     """
     rows = _Rows(target, ignore_index)
+    options = (ignore_index, label_smoothing, softcap, z_loss)
     losses = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
     lses = torch.zeros_like(losses)
     gradients = _Gradients(hidden, weight, bias) if compute_grads else None
@@ -267,7 +279,7 @@ def linear_cross_entropy_forward(
         lse = torch.empty(logits.shape[0], dtype=torch.float32, device=target.device)
         loss = torch.empty_like(lse)
         classes = rows.take(target, chunk).contiguous()
-        _launch_rows(logits, classes, lse, loss, upstream, ignore_index, label_smoothing, softcap)
+        _launch_rows(logits, classes, lse, loss, upstream, *options)
         rows.put(lses, chunk, lse)
         rows.put(losses, chunk, loss)
         if gradients is not None:
@@ -288,6 +300,7 @@ def linear_cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    z_loss: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of hidden, weight and bias, with the logits computed a second time.
@@ -295,6 +308,7 @@ def linear_cross_entropy_backward(
     `dloss` is a scalar, or (T,) for the reduction "none"; `lse` (T,) comes from forward.
     """
     rows = _Rows(target, ignore_index)
+    options = (ignore_index, label_smoothing, softcap, z_loss)
     gradients = _Gradients(hidden, weight, bias)
     dloss = dloss.float()
     if reduction == "mean":
@@ -305,7 +319,7 @@ def linear_cross_entropy_backward(
         upstream = rows.take(dloss, chunk).contiguous() if dloss.dim() else dloss
         classes = rows.take(target, chunk).contiguous()
         lses = rows.take(lse, chunk)
-        _launch_rows(logits, classes, lses, None, upstream, ignore_index, label_smoothing, softcap)
+        _launch_rows(logits, classes, lses, None, upstream, *options)
         gradients.add(rows, chunk, part, logits)
     dhidden, dweight, dbias = gradients.results()
     dbias = None if dbias is None else dbias.to(weight.dtype)
@@ -326,15 +340,15 @@ def kernel_specs(family: str) -> Iterator[KernelSpec]:
     rows = 128
     values = meta(rows, dtype=torch.float32)
     scalar = meta(dtype=torch.float32)
-    for dtype, vocab, smoothing, softcap in (
-        (torch.bfloat16, 32000, 0.0, 0.0),
-        (torch.bfloat16, 50257, 0.1, 30.0),
-        (torch.float16, 1000, 0.1, 0.0),
-        (torch.float32, 32000, 0.1, 30.0),
-        (torch.float32, 7, 0.0, 0.0),
+    for dtype, vocab, smoothing, softcap, z_loss in (
+        (torch.bfloat16, 32000, 0.0, 0.0, 0.0),
+        (torch.bfloat16, 50257, 0.1, 30.0, 1e-4),
+        (torch.float16, 1000, 0.1, 0.0, 0.0),
+        (torch.float32, 32000, 0.1, 30.0, 1e-4),
+        (torch.float32, 7, 0.0, 0.0, 1e-4),
     ):
         logits, target = meta(rows, vocab, dtype=dtype), meta(rows, dtype=torch.int64)
-        options = (-100, smoothing, softcap)
+        options = (-100, smoothing, softcap, z_loss)
         with recorded_launches(family) as specs:
             _launch_rows(logits, target, values, values, None, *options)
             _launch_rows(logits, target, values, values, scalar, *options)

@@ -29,7 +29,16 @@ CASES = [
     Case((111, 40, 1000), FP16, "mean", 0.1, 5.0, bias=True, fused=False),
     Case((63, 40, 100), BF16, "none", 0.2, 30.0, fused=False),
     Case((63, 40, 100), FP32, "sum", 1.0, bias=True),
+    # the squared lse costs too: beside every option, in both passes, with a lse of both signs
+    Case((63, 40, 100), BF16, "mean", 0.1, 5.0, bias=True, z_loss=1e-2),
+    Case((63, 40, 100), FP16, "sum", z_loss=1e-3),
+    Case((33, 24, 1), FP32, "none", 0.1, z_loss=0.5, fused=False),
+    Case((17, 24, 4100), FP32, "mean", 0.2, 30.0, bias=True, z_loss=0.1, fused=False),
+    Case((13, 24, 50), BF16, "sum", z_loss=0.1, fused=False, chunked=True),
+    Case((13, 24, 50), FP32, "mean", z_loss=0.1, captured=True),
+    Case((9, 16, 50), FP32, "mean", z_loss=0.1, forbidden=20),
     # no row that counts
+    Case((7, 24, 50), FP32, "sum", bias=True, ignored=1.0, z_loss=0.1),
     Case((7, 24, 50), FP32, "mean", 0.1, bias=True, ignored=1.0),
     Case((7, 24, 50), BF16, "sum", ignored=1.0, fused=False),
     Case((7, 24, 50), BF16, "none", ignored=1.0, bias=True, fused=False),
@@ -54,7 +63,7 @@ def test_a_class_out_of_range_is_seen_in_its_row_alone():
     torch.manual_seed(0)
     hidden, weight = torch.randn(4, 24), torch.randn(50, 24)
     target = torch.tensor([3, 50, -1, 49])
-    options = (-100, 0.0, 0.0, "none")
+    options = (-100, 0.0, 0.0, 1e-2, "none")
     loss, lse, *_ = kernels.linear_cross_entropy_forward(
         hidden, weight, None, target, *options, False
     )
@@ -66,12 +75,18 @@ def test_a_class_out_of_range_is_seen_in_its_row_alone():
     assert torch.equal(dhidden.isnan(), wrong[:, None].expand(4, 24))
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_public_function_without_a_row_that_counts(reduction):
+def test_the_public_function_without_a_row_that_counts(reduction, z_loss):
     hidden = torch.randn(4, 8, requires_grad=True)
     weight = torch.randn(9, 8, requires_grad=True)
     loss = ff.linear_cross_entropy(
-        hidden, weight, torch.full((4,), -100), reduction=reduction, backend="triton"
+        hidden,
+        weight,
+        torch.full((4,), -100),
+        z_loss=z_loss,
+        reduction=reduction,
+        backend="triton",
     )
     expected = torch.nn.functional.cross_entropy(
         hidden @ weight.T, torch.full((4,), -100), reduction=reduction
@@ -83,7 +98,7 @@ def test_no_rows():
     hidden, weight, bias = torch.zeros(0, 8), torch.randn(9, 8), torch.randn(9)
     target = torch.zeros(0, dtype=torch.int64)
     loss, lse, dhidden, dweight, dbias = kernels.linear_cross_entropy_forward(
-        hidden, weight, bias, target, -100, 0.0, 0.0, "sum", True
+        hidden, weight, bias, target, -100, 0.0, 0.0, 1e-2, "sum", True
     )
     assert loss == 0
     assert lse.shape == (0,)

@@ -58,9 +58,15 @@ def test_dropout_stops_in_eval():
 def test_linear_cross_entropy(reduction):
     options = {"reduction": reduction, "label_smoothing": 0.1, "ignore_index": 3}
     loss = ff.nn.LinearCrossEntropy(6, 9, bias=True, **options)
+    penalised = ff.nn.LinearCrossEntropy(6, 9, bias=True, z_loss=0.1, **options)
+    penalised.load_state_dict(loss.state_dict())
     hidden, target = data(8, 6).float(), torch.arange(8)
     expected = F.cross_entropy(F.linear(hidden, loss.weight, loss.bias), target, **options)
     torch.testing.assert_close(loss(hidden, target), expected)
+    squares = F.linear(hidden, loss.weight, loss.bias).logsumexp(-1)[target != 3].square()
+    if reduction != "none":
+        extra = penalised(hidden, target) - expected
+        torch.testing.assert_close(extra, 0.1 * getattr(squares, reduction)())
 
 
 def test_activation_names():
@@ -84,3 +90,5 @@ def test_bad_options_name_the_argument():
         ff.nn.FeedForward(6, 10, dropout=-1.0)
     with pytest.raises(ValueError, match=r"^reduction: got"):
         ff.nn.LinearCrossEntropy(6, 9, reduction="median")
+    with pytest.raises(ValueError, match=r"^z_loss: got"):
+        ff.nn.LinearCrossEntropy(6, 9, z_loss=-1e-4)

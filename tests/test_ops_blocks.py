@@ -84,8 +84,11 @@ def test_norms(dtype, p, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize(("smoothing", "softcap", "biased"), [(0, None, False), (0.1, 4.0, True)])
-def test_linear_cross_entropy(dtype, reduction, smoothing, softcap, biased):
+@pytest.mark.parametrize(
+    ("smoothing", "softcap", "biased", "z_loss"),
+    [(0, None, False, 0), (0.1, 4.0, True, 0), (0, None, False, 1e-2), (0.1, 4.0, True, 1e-3)],
+)
+def test_linear_cross_entropy(dtype, reduction, smoothing, softcap, biased, z_loss):
     torch.manual_seed(0)
     hidden, weight = torch.randn(3, 37, 24), torch.randn(101, 24) / 4
     target = torch.randint(0, 101, (3, 37))
@@ -99,6 +102,7 @@ def test_linear_cross_entropy(dtype, reduction, smoothing, softcap, biased):
             bias=bias[0] if bias else None,
             label_smoothing=smoothing,
             softcap=softcap,
+            z_loss=z_loss,
             reduction=reduction,
             backend=backend,
         )
@@ -156,8 +160,8 @@ OPCHECKS = {
     "add_rms_norm": lambda: (leaf(5, 8), leaf(5, 8), leaf(8), torch.tensor(4), 1e-5, 0.3),
     "rotary": lambda: (leaf(1, 2, 5, 8), leaf(1, 1, 5, 8), *torch.rand(2, 5, 3), False),
     "linear_cross_entropy": lambda: (
-        leaf(5, 8), leaf(7, 8), leaf(7), torch.tensor([1, 6, -100, 0, 2]), -100, 0.1, 0.0, "mean",
-        True,
+        leaf(5, 8), leaf(7, 8), leaf(7), torch.tensor([1, 6, -100, 0, 2]), -100, 0.1, 0.0, 0.1,
+        "mean", True,
     ),
 }  # fmt: skip
 
@@ -247,6 +251,14 @@ X, W = torch.zeros(3, 8), torch.zeros(6, 8)
             lambda: ff.linear_cross_entropy(X, W, torch.tensor([0, 1, 1]), reduction="max"),
             ValueError,
             "reduction: got 'max'",
+        ),
+        *(
+            (
+                lambda z=z: ff.linear_cross_entropy(X, W, torch.tensor([0, 1, 1]), z_loss=z),
+                ValueError,
+                f"z_loss: got {z}",
+            )
+            for z in (-0.1, float("inf"), float("nan"))
         ),
         (
             lambda: ff.rotary(X[None, None], X[None, None], X[:, :5], X[:, :5]),

@@ -53,7 +53,12 @@ CALLS = {
     ),
     "linear_cross_entropy": (
         lambda h, w, backend: ff.linear_cross_entropy(
-            h, w, torch.tensor([3, -100, 0, 100, 5] * 5), label_smoothing=0.1, backend=backend
+            h,
+            w,
+            torch.tensor([3, -100, 0, 100, 5] * 5),
+            label_smoothing=0.1,
+            z_loss=1e-2,
+            backend=backend,
         ),
         lambda: [torch.randn(25, 24), torch.randn(101, 24) / 4],
     ),
@@ -103,7 +108,7 @@ opcheck(ops.feed_forward.default, (leaf(17, 16), leaf(32, 16), leaf(32), leaf(16
 opcheck(ops.add_layer_norm.default, (leaf(9, 16), leaf(9, 16), leaf(16), leaf(16), none, 1e-5, 0.0,
         "triton"))
 opcheck(ops.linear_cross_entropy.default, (leaf(9, 16), leaf(12, 16), none,
-        torch.arange(9), -100, 0.0, 0.0, "mean", True, "triton"))
+        torch.arange(9), -100, 0.0, 0.0, 0.1, "mean", True, "triton"))
 
 @torch.compile(fullgraph=True, backend="aot_eager")
 def attend(q, k, v):

@@ -55,6 +55,7 @@ EPILOGUE = FeedForwardCase((33, 24, 40, 16), "gelu_tanh", FP32)
 RESIDENT = FeedForwardCase((70, 24, 72, 16), "silu", FP16, resident=True, chunked=True)
 ROWS = NormCase(9, 40, FP32)
 LOSS = CrossEntropyCase((7, 16, 50), FP32)
+Z_LOSS = CrossEntropyCase((7, 16, 50), FP32, z_loss=0.1)
 LONG_LOSS = CrossEntropyCase((5, 8, 8100), FP32, ignored=0.0)
 
 # module, file, correct text, planted text, the check that must fail
@@ -252,6 +253,20 @@ BUGS = {
         "gradient *= 1.0",
         cross_entropy(CrossEntropyCase((7, 16, 50), FP32, softcap=2.0)),
     ),
+    "the z-loss is not squared": (
+        "cross_entropy",
+        "cross_entropy.py",
+        "loss += z_loss * lse * lse",
+        "loss += z_loss * lse",
+        cross_entropy(Z_LOSS),
+    ),
+    "the gradient of the z-loss lacks its factor of two": (
+        "cross_entropy",
+        "cross_entropy.py",
+        "lse_slope += 2.0 * z_loss * lse",
+        "lse_slope += z_loss * lse",
+        cross_entropy(Z_LOSS),
+    ),
     "every row gets the first one's upstream gradient": (
         "cross_entropy",
         "cross_entropy.py",
@@ -291,7 +306,7 @@ def test_a_planted_bug_is_caught(name, tmp_path):
     {
         "feed_forward": [feed_forward(EPILOGUE), feed_forward(RESIDENT)],
         "norm": [norm(ROWS), norm_dropout],
-        "cross_entropy": [cross_entropy(LOSS), cross_entropy(LONG_LOSS)],
+        "cross_entropy": [cross_entropy(LOSS), cross_entropy(Z_LOSS), cross_entropy(LONG_LOSS)],
     }.items(),
 )
 def test_the_copy_without_a_bug_passes(module, checks, tmp_path):

@@ -159,6 +159,26 @@ def test_linear_cross_entropy_equals_torch(reduction):
     torch.testing.assert_close(loss, F.cross_entropy(logits, target, **options))
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_z_loss_adds_the_squared_lse_of_supervised_rows(reduction):
+    torch.manual_seed(6)
+    hidden, weight, bias = leaf(7, 4), leaf(9, 4), leaf(9)
+    target = torch.tensor([0, 8, -1, 3, 3, -1, 1])
+    options = {"softcap": 3.0, "label_smoothing": 0.1, "ignore_index": -1, "reduction": reduction}
+
+    def call(hidden, weight, bias, z_loss=0.2):
+        return reference.linear_cross_entropy(
+            hidden, weight, target, bias, z_loss=z_loss, **options
+        )
+
+    lse = (3 * torch.tanh((hidden @ weight.T + bias) / 3)).logsumexp(-1)
+    squares = torch.where(target == -1, 0.0, lse**2)
+    total = {"none": squares, "sum": squares.sum(), "mean": squares.sum() / 5}[reduction]
+    plain = call(hidden, weight, bias, 0.0)
+    torch.testing.assert_close(call(hidden, weight, bias), plain + 0.2 * total)
+    assert torch.autograd.gradcheck(call, (hidden, weight, bias))
+
+
 def test_rotary_turns_pairs_and_keeps_the_rest():
     torch.manual_seed(7)
     q = torch.randn(2, 3, 5, 10, dtype=torch.float64)

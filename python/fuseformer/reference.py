@@ -228,6 +228,70 @@ def varlen_attention(
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
+def cached_rows(cache: Tensor, block_table: Tensor | None) -> Tensor:
+    """Return a cache as (B, Hkv, capacity, D), its pages (pages, Hkv, size, D) put in order.
+
+    A page that does not exist is taken as the nearest one that does.
+    """
+    if block_table is None:
+        return cache
+    if cache.shape[0] == 0:
+        return cache.new_zeros(len(block_table), cache.shape[1], 0, cache.shape[3])
+    pages = block_table.long().clamp(0, cache.shape[0] - 1)
+    return cache[pages].transpose(1, 2).flatten(2, 3)
+
+
+def add_decode_masks(
+    logits: Tensor,
+    places: Tensor,
+    first: int,
+    window_left: int,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """Return `logits` (B, H, Sq, C) of the keys from `first` on with ALiBi, and -inf where hidden.
+
+    `places` (B, Sq) are the positions of the queries, the last key that each of them sees.
+    """
+    column = first + torch.arange(logits.shape[-1], device=logits.device)
+    distance = places[:, None, :, None] - column  # (B, 1, Sq, C), negative: the future
+    if alibi_slopes is not None:
+        logits = logits - alibi_slopes.to(logits.dtype)[:, None, None] * distance.abs()
+    hidden = distance < 0
+    if window_left >= 0:
+        hidden = hidden | (distance > window_left)
+    return logits.masked_fill(hidden, -math.inf)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    window_left: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the output (B, H, Sq, D) of new queries over a cache, and its lse (B, H, Sq).
+
+    Arguments are those of `fuseformer.decode_attention` after its checks; no query sees the future,
+    so that of a window only the left side counts. What lies past a length may be NaN.
+    """
+    heads, sq = q.shape[1:3]
+    k, v = cached_rows(k_cache, block_table), cached_rows(v_cache, block_table)
+    lengths = cache_lengths.long().clamp(0, k.shape[2])[:, None]  # (B, 1)
+    beyond = torch.arange(k.shape[2], device=q.device) >= lengths
+    k, v = (repeat_heads(x.masked_fill(beyond[:, None, :, None], 0.0), heads) for x in (k, v))
+    places = lengths - sq + torch.arange(sq, device=q.device)
+    logits = capped_logits(q, k, scale, softcap)
+    logits = add_decode_masks(logits, places, 0, window_left, alibi_slopes)
+    weights, lse = softmax_with_lse(logits, sinks)
+    return weights.to(q.dtype) @ v, lse
+
+
 def dropout(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
     """Return `x` (T, width) after dropout; `stream` takes the place of the head in the counter."""
     if p == 0:
@@ -308,19 +372,32 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     softcap: float = 0.0,
+    z_loss: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Return the cross entropy of ``hidden @ weight.T + bias`` (T, V) against `target` (T,)."""
+    """Return the cross entropy of ``hidden @ weight.T + bias`` (T, V) against `target` (T,).
+
+    Each row that counts costs ``z_loss * lse**2`` more.
+
+    Source: Chowdhery et al., "PaLM", 2022, section 5, for the z-loss.
+    """
     logits = widened(F.linear(hidden, weight, bias))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(
+    loss = F.cross_entropy(
         logits,
         target,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction=reduction,
     )
+    if not z_loss:
+        return loss
+    supervised = target != ignore_index
+    penalty = z_loss * torch.where(supervised, logits.logsumexp(-1), 0.0).square()
+    if reduction == "none":
+        return loss + penalty
+    return loss + penalty.sum() / (supervised.sum() if reduction == "mean" else 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:

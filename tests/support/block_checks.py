@@ -288,6 +288,7 @@ class CrossEntropyCase:
     bias: bool = False
     ignored: float = 0.3
     forbidden: int = 0
+    z_loss: float = 0.0
     fused: bool = True
     chunked: bool = False
     captured: bool = False
@@ -297,6 +298,7 @@ class CrossEntropyCase:
         words = ["bias", "forbidden", "fused", "chunked", "captured"]
         special = "".join(f"-{word}" for word in words if getattr(self, word))
         numbers = f"{self.label_smoothing}-{self.softcap}-{self.ignored}"
+        special += f"-z{self.z_loss:g}" * bool(self.z_loss)
         return f"{dtype}-{'x'.join(map(str, self.sizes))}-{self.reduction}-{numbers}{special}"
 
 
@@ -321,7 +323,7 @@ def check_cross_entropy(kernels: ModuleType, case: CrossEntropyCase) -> None:
     ignored = torch.rand(tokens, generator=generator) < case.ignored
     target[ignored] = -100
     dloss = draw(tokens) if case.reduction == "none" else draw(1)[0]
-    options = (-100, case.label_smoothing, case.softcap, case.reduction)
+    options = (-100, case.label_smoothing, case.softcap, case.z_loss, case.reduction)
 
     def run() -> Results:
         hidden, weight = tensors["hidden"], tensors["weight"]
@@ -338,7 +340,7 @@ def check_cross_entropy(kernels: ModuleType, case: CrossEntropyCase) -> None:
             )
         dhidden, dweight, dbias = gradients
         row_losses, *_ = kernels.linear_cross_entropy_forward(
-            hidden, weight, bias, target, *options[:3], "none", False
+            hidden, weight, bias, target, *options[:4], "none", False
         )
         expected = row_losses if case.reduction == "none" else row_losses.sum()
         if case.reduction == "mean":
@@ -360,6 +362,7 @@ def check_cross_entropy(kernels: ModuleType, case: CrossEntropyCase) -> None:
                 ignore_index=-100,
                 label_smoothing=case.label_smoothing,
                 softcap=case.softcap,
+                z_loss=case.z_loss,
                 reduction=reduction,
             )
             for reduction in ("none", case.reduction)

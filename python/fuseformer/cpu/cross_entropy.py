@@ -36,13 +36,16 @@ def _logits(
     return softcap * bounded, 1 - bounded**2
 
 
-def _losses(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+def _losses(
+    logits: Tensor, target: Tensor, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
     """Return the loss and the log-sum-exp of each row, both (N,)."""
     lse = torch.logsumexp(logits, -1)
     chosen = logits.gather(1, target[:, None]).squeeze(1)
     if label_smoothing:
         chosen = (1 - label_smoothing) * chosen + label_smoothing * logits.mean(-1)
-    return lse - chosen, lse
+    loss = lse - chosen
+    return (loss + z_loss * lse.square() if z_loss else loss), lse
 
 
 def _logit_gradients(
@@ -52,9 +55,12 @@ def _logit_gradients(
     lse: Tensor,
     factors: Tensor,
     label_smoothing: float,
+    z_loss: float,
 ) -> Tensor:
     """Turn `logits` in place into the gradient of ``sum(factors * loss)``; `factors` is (N, 1)."""
     gradient = logits.sub_(lse[:, None]).exp_()
+    if z_loss:
+        gradient.mul_((1 + 2 * z_loss * lse)[:, None])
     if label_smoothing:
         gradient.sub_(label_smoothing / logits.shape[1])
     gradient.scatter_add_(1, target[:, None], lse.new_full((len(target), 1), label_smoothing - 1))
@@ -93,6 +99,7 @@ def linear_cross_entropy_forward(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    z_loss: float,
     reduction: str,
     compute_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -108,17 +115,17 @@ def linear_cross_entropy_forward(
     factor = 1 / max(1, len(rows)) if reduction == "mean" else 1.0
     for chunk in _chunks(rows, weight.shape[0]):
         logits, slope = _logits(hidden[chunk], weight, bias, softcap)
-        losses[chunk], lse = _losses(logits, target[chunk], label_smoothing)
+        losses[chunk], lse = _losses(logits, target[chunk], label_smoothing, z_loss)
         lses[chunk] = lse
         if gradients is not None:
             factors = lse.new_full((len(chunk), 1), factor)
-            gradients.add(
-                chunk,
-                _logit_gradients(logits, slope, target[chunk], lse, factors, label_smoothing),
+            gradient = _logit_gradients(
+                logits, slope, target[chunk], lse, factors, label_smoothing, z_loss
             )
+            gradients.add(chunk, gradient)
     loss = losses
     if reduction != "none":
-        loss = losses.sum()
+        loss = losses.sum(dtype=torch.float64).to(dtype)  # rounded once, however many rows
     if reduction == "mean":
         loss = loss / len(rows) if len(rows) else torch.full_like(loss, torch.nan)
     return (loss, lses, *((None, None, None) if gradients is None else gradients.results()))
@@ -134,6 +141,7 @@ def linear_cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    z_loss: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of hidden, weight and bias, with the logits computed a second time."""
@@ -144,12 +152,8 @@ def linear_cross_entropy_backward(
     factors = dloss.to(lse.dtype).expand(target.shape)
     for chunk in _chunks(rows, weight.shape[0]):
         logits, slope = _logits(hidden[chunk], weight, bias, softcap)
-        gradients.add(
-            chunk,
-            _logit_gradients(
-                logits, slope, target[chunk], lse[chunk], factors[chunk, None], label_smoothing
-            ),
-        )
+        parts = (target[chunk], lse[chunk], factors[chunk, None])
+        gradients.add(chunk, _logit_gradients(logits, slope, *parts, label_smoothing, z_loss))
     dhidden, dweight, dbias = gradients.results()
     return (
         dhidden,

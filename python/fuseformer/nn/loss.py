@@ -22,15 +22,18 @@ class LinearCrossEntropy(torch.nn.Linear):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         softcap: float | None = None,
+        z_loss: float = 0.0,
         reduction: str = "mean",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         checks.one_of("reduction", reduction, REDUCTIONS)
+        checks.not_negative("z_loss", z_loss)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.softcap = softcap
+        self.z_loss = z_loss
         self.reduction = reduction
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
@@ -43,5 +46,6 @@ class LinearCrossEntropy(torch.nn.Linear):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             softcap=self.softcap,
+            z_loss=self.z_loss,
             reduction=self.reduction,
         )

@@ -72,6 +72,14 @@ def finite(name: str, value: Any, *, positive: bool = False) -> float:
     return float(value)
 
 
+def not_negative(name: str, value: Any) -> float:
+    """Return `value` as a float after requiring it to be finite and 0 or more."""
+    number = finite(name, value)
+    if number < 0:
+        raise ValueError(f"{name}: got {value}, expected a finite number from 0 up")
+    return number
+
+
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Require `value` to be one of the strings `allowed`."""
     if value not in allowed:

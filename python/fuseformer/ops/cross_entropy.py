@@ -29,6 +29,7 @@ def _linear_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    z_loss: float,
     reduction: str,
     compute_grads: bool,
     backend: str,
@@ -42,6 +43,7 @@ def _linear_cross_entropy(
         ignore_index,
         label_smoothing,
         softcap,
+        z_loss,
         reduction,
         compute_grads,
     )
@@ -58,6 +60,7 @@ def _(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    z_loss: float,
     reduction: str,
     compute_grads: bool,
     backend: str,
@@ -81,11 +84,13 @@ def _linear_cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    z_loss: float,
     reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    options = (ignore_index, label_smoothing, softcap, z_loss, reduction)
     dhidden, dweight, dbias = _kernels(backend).linear_cross_entropy_backward(
-        dloss, hidden, weight, bias, target, lse, ignore_index, label_smoothing, softcap, reduction
+        dloss, hidden, weight, bias, target, lse, *options
     )
     return dhidden, dweight, present(dbias, hidden)
 
@@ -121,7 +126,7 @@ def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
         dhidden, dweight, dbias = _linear_cross_entropy_backward(
             dloss, *ctx.saved_tensors, *ctx.options, ctx.backend
         )
-    return (dhidden, dweight, dbias if ctx.has_bias else None, *(None,) * 7)
+    return (dhidden, dweight, dbias if ctx.has_bias else None, *(None,) * 8)
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_save)
@@ -137,6 +142,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
+    z_loss: float = 0.0,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -144,14 +150,16 @@ def linear_cross_entropy(
 
     Shapes: `hidden` (..., width), `weight` (classes, width), `bias` (classes,) or None, `target`
     (...) int64. Rows whose target is `ignore_index` cost nothing, and logits exist a chunk at a
-    time. A `softcap` c replaces logits x by ``c * tanh(x / c)``.
+    time. A `softcap` c replaces logits x by ``c * tanh(x / c)``; `z_loss` adds ``z_loss * lse**2``
+    to the loss of each row that counts, lse being the log of the sum of its exponentials.
 
     Returns a float32 scalar for the reductions "mean" (over the rows that count; NaN where none
     does) and "sum", or the loss of each row (...), 0 where ignored, for "none". Raises
     `ValueError` or `TypeError` that names the argument, on the CPU also for a class out of range.
 
-    Source: `torch.nn.functional.cross_entropy` for the loss; Hsu et al., "Liger Kernel", 2024, for
-    forming the gradients beside it.
+    Source: `torch.nn.functional.cross_entropy` for the loss; Chowdhery et al., "PaLM", 2022,
+    section 5, for the z-loss; Hsu et al., "Liger Kernel", 2024, for forming the gradients beside
+    the loss.
     """
     checks.tensor("hidden", hidden)
     checks.tensor("weight", weight, 2, like=hidden)
@@ -167,12 +175,13 @@ def linear_cross_entropy(
     checks.one_of("reduction", reduction, REDUCTIONS)
     smoothing = checks.probability("label_smoothing", label_smoothing)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
+    penalty = checks.not_negative("z_loss", z_loss)
     dtype = autocast_dtype(hidden)
     request = request_for(
         "linear_cross_entropy",
         hidden,
         weight,
-        options=used_options(softcap=cap),
+        options=used_options(softcap=cap, z_loss=penalty),
         requested=requested_backend(backend),
         dtype=dtype,
     )
@@ -188,6 +197,7 @@ def linear_cross_entropy(
             ignore_index=ignore_index,
             label_smoothing=smoothing,
             softcap=cap,
+            z_loss=penalty,
             reduction=reduction,
         )
     else:
@@ -201,6 +211,7 @@ def linear_cross_entropy(
             ignore_index,
             smoothing,
             cap,
+            penalty,
             reduction,
             learns and reduction != "none",
             name,
