@@ -6,6 +6,7 @@ from .backends import explain, use_backend
 from .ops.attention import attention
 from .ops.attention_weights import attention_weights
 from .ops.cross_entropy import linear_cross_entropy
+from .ops.decode_attention import decode_attention
 from .ops.feed_forward import feed_forward, gated_feed_forward
 from .ops.norm import add_layer_norm, add_rms_norm
 from .ops.rotary import rotary
@@ -17,6 +18,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_weights",
+    "decode_attention",
     "explain",
     "feed_forward",
     "gated_feed_forward",

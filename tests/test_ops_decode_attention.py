@@ -1,0 +1,267 @@
+"""decode_attention: the oracle against attention, the CPU backend against the oracle, the op."""
+
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.library import opcheck
+
+import fuseformer as ff
+from fuseformer.testing import assert_close_to_reference
+
+LENGTHS = (0, 1, 63, 113, 257)
+OPTIONS = {
+    "plain": {},
+    "window": {"window": (20, 5)},
+    "window_right": {"window": (-1, 0)},
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi_slopes": True},
+    "sinks": {"sinks": True},
+    "negative_scale": {"scale": -0.3},
+    "all": {"window": (60, -1), "softcap": 3.0, "alibi_slopes": True, "sinks": True},
+}
+
+
+def build(heads=6, kv_heads=2, sq=3, dim=40, page_size=0, lengths=LENGTHS, dtype=torch.float32):
+    """Return q, both caches, the lengths and a block table; what no length covers is NaN."""
+    batch, capacity = len(lengths), 272
+    q = torch.randn(batch, sq, heads, dim).transpose(1, 2)
+    # (batch, keys, heads, dim) in memory, which must cost no copy.
+    caches = [torch.randn(batch, capacity, kv_heads, dim).transpose(1, 2) for _ in range(2)]
+    for cache in caches:
+        for b, length in enumerate(lengths):
+            cache[b, :, length:] = math.nan
+    table = None
+    if page_size:
+        count = capacity // page_size
+        order = torch.randperm(batch * count + 3)[: batch * count]  # three pages are nobody's
+        table = order.view(batch, count).int()
+        pages = [
+            torch.full((batch * count + 3, kv_heads, page_size, dim), math.nan) for _ in caches
+        ]
+        for paged, cache in zip(pages, caches, strict=True):
+            split = cache.reshape(batch, kv_heads, count, page_size, dim).transpose(1, 2)
+            paged[order] = split.flatten(0, 1)
+        caches = pages
+    # Entries past the last page in use are nobody's business.
+    if table is not None:
+        for b, length in enumerate(lengths):
+            table[b, -(-length // page_size) :] = -1
+    tensors = [x.to(dtype) for x in (q, *caches)]
+    return *tensors, torch.tensor(lengths, dtype=torch.int32), table
+
+
+def made(options, heads):
+    makers = {"alibi_slopes": lambda: torch.rand(heads), "sinks": lambda: torch.randn(heads)}
+    return {k: makers[k]() if v is True else v for k, v in options.items()}
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_oracle_is_attention_on_each_sequence_alone(name, page_size):
+    torch.manual_seed(0)
+    q, k_cache, v_cache, lengths, table = build(page_size=page_size)
+    options = made(OPTIONS[name], 6)
+    out, lse = ff.decode_attention(
+        *(x.double() for x in (q, k_cache, v_cache)),
+        lengths,
+        block_table=table,
+        return_lse=True,
+        backend="reference",
+        **options,
+    )
+    for b, length in enumerate(lengths.tolist()):
+        if table is None:
+            k, v = k_cache[b], v_cache[b]
+        else:
+            pages = table[b].clamp(min=0).long()
+            k, v = (c[pages].transpose(0, 1).flatten(1, 2) for c in (k_cache, v_cache))
+        k, v = (x[None, :, :length].double() for x in (k, v))
+        exact = ff.attention(
+            q[b, None].double(), k, v, causal="bottom_right", return_lse=True,
+            backend="reference", **options,
+        )  # fmt: skip
+        torch.testing.assert_close(out[b], exact[0][0])
+        torch.testing.assert_close(lse[b], exact[1][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "sq", "dim", "page_size"),
+    [(6, 2, 1, 64, 0), (6, 2, 8, 40, 16), (5, 1, 2, 128, 0), (4, 4, 5, 17, 34)],
+)
+def test_cpu_against_the_oracle(dtype, name, heads, kv_heads, sq, dim, page_size):
+    torch.manual_seed(0)
+    *tensors, lengths, table = build(heads, kv_heads, sq, dim, page_size, dtype=dtype)
+    options = made(OPTIONS[name], heads)
+    call = {"block_table": table, "return_lse": True, **options}
+    runs = (("cpu", dtype), ("reference", torch.float64), ("reference", dtype))
+    results = [
+        ff.decode_attention(*(x.to(p) for x in tensors), lengths, backend=backend, **call)
+        for backend, p in runs
+    ]
+    assert results[0][0].dtype == dtype
+    assert results[0][1].dtype == torch.float32
+    for what, *judged in zip(("out", "lse"), *results, strict=True):
+        assert_close_to_reference(*judged, name=what)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_rows_and_sequences_without_keys(backend, paged):
+    q, k_cache, v_cache, lengths, table = build(page_size=16 * paged, lengths=(0, 2))
+    call = {"block_table": table, "backend": backend, "return_lse": True}
+    out, lse = ff.decode_attention(q, k_cache, v_cache, lengths, **call)
+    seen = torch.tensor([[False, False, False], [False, True, True]])[:, None].expand(2, 6, 3)
+    assert torch.equal(lse > -math.inf, seen)
+    assert torch.equal((out != 0).any(-1), seen)
+    sinks = torch.randn(6)
+    out, lse = ff.decode_attention(q, k_cache, v_cache, lengths, sinks=sinks, **call)
+    assert torch.equal(lse[0], sinks[:, None].expand(6, 3))
+    assert not out[0].any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_empty_batches_caches_and_queries(backend, paged):
+    def call(batch, sq, capacity):
+        table = torch.zeros(batch, capacity // 16, dtype=torch.int32) if paged else None
+        cache = torch.zeros(0 if paged else batch, 2, 16 if paged else capacity, 8)
+        out, lse = ff.decode_attention(
+            torch.ones(batch, 4, sq, 8), cache, cache,
+            torch.full((batch,), capacity, dtype=torch.int32),
+            block_table=table, return_lse=True, backend=backend,
+        )  # fmt: skip
+        assert out.shape == (batch, 4, sq, 8)
+        assert lse.shape == (batch, 4, sq)
+        assert not out.any()
+
+    call(0, 1, 16)
+    call(2, 1, 0)
+    call(2, 0, 16)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_bad_lengths_and_pages_are_bounded(backend):
+    """Without `validate` they count as the whole cache, and as the nearest page."""
+    torch.manual_seed(0)
+    q, k_cache, v_cache, _, table = build(page_size=16, lengths=(272, 272))
+    bad = table.clone()
+    bad[0, 3], bad[1, 5] = 1000, -7
+    nearest = bad.clamp(0, len(k_cache) - 1)
+    k_cache, v_cache = (x.nan_to_num(0.5) for x in (k_cache, v_cache))
+    results = [
+        ff.decode_attention(
+            q, k_cache, v_cache, torch.tensor(n, dtype=torch.int32), block_table=t, backend=backend
+        )
+        for n, t in (((300, -4), bad), ((272, 0), nearest))
+    ]
+    assert torch.equal(*results)
+
+
+def test_validate_reads_the_device():
+    q, k_cache, v_cache, lengths, table = build(page_size=16)
+
+    def call(lengths, table):
+        ff.decode_attention(q, k_cache, v_cache, lengths, block_table=table, validate=True)
+
+    call(lengths, table)
+    longer = lengths + torch.tensor([0, 0, 0, 0, 16], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cache_lengths: got 273 for sequence 4, .* 0 to 272"):
+        call(longer, table)
+    with pytest.raises(ValueError, match=r"cache_lengths: got -1 for sequence 0"):
+        call(lengths - 1, table)
+    for page in (-1, len(k_cache)):
+        wrong = table.clone()
+        wrong[3, 7] = page  # key 112, the last of sequence 3
+        with pytest.raises(ValueError, match=f"block_table: got page {page} for sequence 3, ent"):
+            call(lengths, wrong)
+
+
+def refusals():
+    """Return calls by the beginning of their error."""
+    q, k, n = torch.randn(2, 6, 1, 16), torch.randn(2, 2, 32, 16), torch.ones(2, dtype=torch.int32)
+    table, strided = torch.zeros(2, 4, dtype=torch.int32), torch.randn(2, 2, 16, 32).mT
+    good = {"q": q, "k_cache": k, "v_cache": k, "cache_lengths": n}
+
+    def both(cache):
+        return {"k_cache": cache, "v_cache": cache}
+
+    changes = {
+        "q: got 9 new tokens": {"q": torch.randn(2, 6, 9, 16)},
+        "q: got 3 dimensions": {"q": q[0]},
+        "k_cache: got dtype torch.bfloat16, expected torch.float32": {"k_cache": k.bfloat16()},
+        "v_cache: got dtype torch.float16": {"v_cache": k.half()},
+        "v_cache: got shape": {"v_cache": k[:, :, :9]},
+        "k_cache: got batch size 1, expected 2": both(k[:1]),
+        "k_cache: got head dim 8, expected 16": both(k[..., :8]),
+        "k_cache: got 2 heads, expected a divisor of q's 5": {"q": q[:, :5]},
+        "k_cache: got a page size of 0": both(k[:, :, :0]) | {"block_table": table},
+        "k_cache: got stride 32 in the last dimension": {"k_cache": strided},
+        "v_cache: got stride 32": {"v_cache": strided},
+        "q: got stride 2": {"q": torch.randn(2, 6, 1, 32)[..., ::2]},
+        "cache_lengths: got dtype torch.float32": {"cache_lengths": n.float()},
+        "cache_lengths: got list": {"cache_lengths": [1, 1]},
+        "cache_lengths: got shape": {"cache_lengths": n[:1]},
+        "block_table: got dtype torch.int64": {"block_table": table.long()},
+        "block_table: got shape": {"block_table": table[:1]},
+        "sinks: got shape": {"sinks": torch.ones(2)},
+        "alibi_slopes: got shape": {"alibi_slopes": torch.ones(2)},
+        "window: got 3": {"window": 3},
+        "softcap: got 0": {"softcap": 0},
+        "scale: got nan": {"scale": math.nan},
+        "q: requires a gradient": {"q": q.clone().requires_grad_()},
+        "sinks: requires a gradient": {"sinks": torch.ones(6, requires_grad=True)},
+        "backend: 'cuda' cannot serve": {"backend": "cuda"},
+    }
+    return {message: good | change for message, change in changes.items()}
+
+
+@pytest.mark.parametrize("message", refusals())
+def test_bad_input_is_refused_by_name(message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        ff.decode_attention(**refusals()[message])
+
+
+def test_inputs_that_require_gradients_are_fine_without_grad_mode():
+    call = refusals()["q: requires a gradient"]
+    with torch.no_grad():
+        assert not ff.decode_attention(**call).requires_grad
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_opcheck(paged):
+    q, k_cache, v_cache, lengths, table = build(page_size=16 * paged, lengths=(5, 31))
+    k_cache, v_cache = (x.nan_to_num() for x in (k_cache, v_cache))
+    opcheck(
+        torch.ops.fuseformer.decode_attention.default,
+        (q, k_cache, v_cache, lengths, table, torch.rand(6), None, 20, -1, 0.0, 0.3, "cpu"),
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_compiles_without_breaks_and_a_new_cache_recompiles_nothing(backend):
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def decode(q, k, v, lengths):
+        return ff.decode_attention(q, k, v, lengths, window=(30, 0), backend=backend)
+
+    # Plain PyTorch is recorded with its sizes from outside of an op: it would compile anew.
+    for batch, capacity in ((3, 40), (3, 57), (5, 64))[: 1 if backend == "reference" else 3]:
+        q, k = torch.randn(batch, 4, 2, 16), torch.randn(batch, 2, capacity, 16)
+        lengths = torch.arange(batch, dtype=torch.int32) + 20
+        expected = ff.decode_attention(q, k, k, lengths, window=(30, 0), backend=backend)
+        torch.testing.assert_close(decode(q, k, k, lengths), expected)
+    assert counter.frame_count == 1
+
+
+def test_autocast_and_explain():
+    q, k = torch.randn(2, 6, 1, 16), torch.randn(2, 2, 32, 16).bfloat16()
+    lengths = torch.full((2,), 9, dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16), ff.explain() as decisions:
+        out = ff.decode_attention(q, k, k, lengths, softcap=5.0)
+    assert out.dtype == torch.bfloat16
+    assert str(decisions).startswith("decode_attention 2x6x1x16 2x2x32x16 bfloat16 [softcap]: cpu,")
