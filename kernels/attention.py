@@ -5,7 +5,6 @@ Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Wor
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -14,19 +13,13 @@ from torch import Tensor
 
 from .attention_backward import attention_backward, varlen_attention_backward
 from .attention_configs import forward_tiles
+from .attention_layout import Layout, Options, positive_scale
+from .attention_logits import LN2, LOG2E, finished_logits, key_ranges, scoring_of
 from .attention_tiles import (
-    LN2,
-    LOG2E,
     RUNTIME_SIZES,
-    Layout,
     aligned,
-    check_served,
     head_base,
-    key_ranges,
     load_tile,
-    masked_logits,
-    positive_scale,
-    row_ends,
     sequence_bounds,
     store_tile,
     tile_offsets,
@@ -48,39 +41,48 @@ __all__ = [
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max, q, ends,
-    k_base, stride_ks, v_base, stride_vs, pad_base, stride_pad_s,
-    begin, end, key_end, scale_log2,
-    seed, batch, head, row, threshold,
+    acc, row_sum, row_max, q, row,
+    k_base, stride_ks, v_base, stride_vs, scoring, begin, head_end, tail, end,
+    seed, batch, head, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the key blocks from `begin` to `end` into the running softmax of a query block.
+    """Fold key blocks into the running softmax of a query block.
 
-    `row_max` is in the units of exp2, that is, scaled by `scale_log2`.
+    If MASKED, they are those from `begin` to `head_end` and from `tail` to `end`, else those from
+    `begin` to `end`. `row_max` is in the units of exp2.
     """
     BLOCK_M: tl.constexpr = q.shape[0]
     k_offsets = tile_offsets(stride_ks, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
     v_offsets = tile_offsets(stride_vs, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
-    for start in range(begin, end, BLOCK_N):
-        k = load_tile(k_base, k_offsets, start, stride_ks, key_end, HEAD_DIM, MASKED)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        if MASKED:
-            columns = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-            logits = masked_logits(logits, columns, ends, pad_base, stride_pad_s, key_end, 1)
-        new_max = tl.maximum(row_max, tl.max(logits, 1) * scale_log2)  # (BLOCK_M,)
+    gap = 0
+    if MASKED and scoring.window_left is not None:
+        gap = tail - head_end
+        end = head_end + tl.maximum(end - tail, 0)
+    elif MASKED:
+        begin = tail
+    for place in range(begin, end, BLOCK_N):
+        start = place
+        if MASKED and scoring.window_left is not None:
+            start = tl.where(place < head_end, place, place + gap)
+        k = load_tile(k_base, k_offsets, start, stride_ks, scoring.key_end, HEAD_DIM, MASKED)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        logits, factor, _ = finished_logits(
+            products, row, start, scoring, 1, MASKED, False, not MASKED
+        )
+        new_max = tl.maximum(row_max, tl.max(logits, 1) * factor)  # (BLOCK_M,)
         shift = new_max
-        if MASKED:
+        if MASKED or scoring.bias is not None:
             # Nothing seen so far: any finite shift makes the weights 0 instead of NaN.
             shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-        weights = tl.exp2(logits * scale_log2 - shift[:, None])  # (BLOCK_M, BLOCK_N)
+        weights = tl.exp2(logits * factor - shift[:, None])  # (BLOCK_M, BLOCK_N)
         rescale = tl.exp2(row_max - shift)  # (BLOCK_M,)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None]
         if DROPOUT:
             keep = dropout_keep(seed, batch, head, row, start, threshold, BLOCK_M, BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
-        v = load_tile(v_base, v_offsets, start, stride_vs, key_end, HEAD_DIM, MASKED)
+        v = load_tile(v_base, v_offsets, start, stride_vs, scoring.key_end, HEAD_DIM, MASKED)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         row_max = new_max
     return acc, row_sum, row_max
@@ -98,10 +100,12 @@ def attention_forward_kernel(
     v_ptr, stride_vb, stride_vh, stride_vs,
     out_ptr, stride_ob, stride_oh, stride_os,
     lse_ptr, stride_lb, stride_lh,
-    padding, stride_pad_b, stride_pad_s,
+    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    padding_ptr, stride_pad_b, stride_pad_s, slopes_ptr, sinks_ptr,
     key_lengths, cu_seqlens_q, cu_seqlens_k, seed_ptr,
-    heads, seqlen_q, seqlen_k, sm_scale, threshold, dropout_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    heads, seqlen_q, seqlen_k, window_left, window_right, sm_scale, softcap,
+    threshold, dropout_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +119,7 @@ def attention_forward_kernel(
     batch = pid // (blocks * heads)
     head = pid // blocks % heads
     row = (pid % blocks) * BLOCK_M
-    if CAUSAL:
+    if window_right is not None:
         row = (blocks - 1) * BLOCK_M - row
     start_q, start_k, seqlen_q, seqlen_k, key_end, diagonal = sequence_bounds(
         batch, cu_seqlens_q, cu_seqlens_k, key_lengths, seqlen_q, seqlen_k, BOTTOM_RIGHT
@@ -131,14 +135,13 @@ def attention_forward_kernel(
     v_base = head_base(v_ptr, batch, kv_head, start_k, stride_vb, stride_vh, stride_vs, ALIGN)
     q_offsets = tile_offsets(stride_qs, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     q = load_tile(q_base, q_offsets, row, stride_qs, seqlen_q, HEAD_DIM, True)
-    rows = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-    ends = row_ends(rows, key_end, diagonal, CAUSAL)  # (BLOCK_M,)
-    full_end, visible_end = key_ranges(
-        row, seqlen_q, key_end, diagonal, padding, CAUSAL, BLOCK_M, BLOCK_N
-    )
-    pad_base = None
-    if padding is not None:
-        pad_base = padding + batch.to(tl.int64) * stride_pad_b
+    scoring = scoring_of(
+        batch, head, sm_scale, softcap,
+        bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+        slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
+        seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
+    )  # fmt: skip
+    begin, head_end, full, full_end, end = key_ranges(row, scoring, BLOCK_M, BLOCK_N, EDGE_N)
     seed = 0
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -146,16 +149,24 @@ def attention_forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    for MASKED in tl.static_range(0 if padding is None else 1, 2):
+    for MASKED in tl.static_range(0 if padding_ptr is None else 1, 2):
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, ends,
-            k_base, stride_ks, v_base, stride_vs, pad_base, stride_pad_s,
-            full_end if MASKED else 0, visible_end if MASKED else full_end, key_end,
-            sm_scale * LOG2E,
-            seed, batch, head, row, threshold,
+            acc, row_sum, row_max, q, row,
+            k_base, stride_ks, v_base, stride_vs, scoring,
+            begin if MASKED else full, head_end, full_end, end if MASKED else full_end,
+            seed, batch, head, threshold,
             HEAD_DIM, EDGE_N if MASKED else BLOCK_N, MASKED, seed_ptr is not None, PRECISION,
         )  # fmt: skip
 
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        new_max = tl.maximum(row_max, sink)  # (BLOCK_M,)
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # (BLOCK_M,)
+        rescale = tl.exp2(row_max - shift)  # (BLOCK_M,)
+        row_sum = row_sum * rescale + tl.exp2(sink - shift)
+        acc = acc * rescale[:, None]
+        row_max = new_max
+    rows = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     empty = row_sum == 0  # (BLOCK_M,)
     row_sum = tl.where(empty, 1.0, row_sum)
     lse = tl.where(empty, -float("inf"), (row_max + tl.log2(row_sum)) * LN2)  # (BLOCK_M,)
@@ -174,18 +185,19 @@ def attention_forward_kernel(
 
 
 def _launch_forward(
-    layout: Layout, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
+    layout: Layout, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options
 ) -> None:
-    """Write `out` and `lse`; `options` are those of `Layout.arguments`."""
-    demand = layout.demand(options["dropout_p"])
-    tiles = forward_tiles(layout.family, layout.block_d, layout.dtype, demand)
+    """Write `out` and `lse`."""
+    tiles = forward_tiles(layout.family, layout.block_d, layout.dtype, layout.demand(options))
+    sinks = options.sinks
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "out_ptr": out,
         "lse_ptr": lse,
-        **layout.arguments(lse, **options),
+        "sinks_ptr": None if sinks is None else sinks.float(),
+        **layout.arguments(lse, options),
         **layout.strides(q=q, k=k, v=v, o=out),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
@@ -220,30 +232,16 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the attention output, like `q` (B, H, Sq, D), and lse (B, H, Sq) in float32.
 
-    `k` and `v` are (B, Hkv, Sk, D), Hkv a divisor of H, with any strides whose last one is 1. Rows
-    that see no key get 0 and -inf. Raises `ValueError` for bias, window, softcap, ALiBi or sinks.
+    `k` and `v` are (B, Hkv, Sk, D), Hkv a divisor of H, with any strides whose last one is 1;
+    `bias` broadcasts to (B, H, Sq, Sk). Rows that see no key get 0, and -inf or their sink.
     """
-    check_served(bias, alibi_slopes, sinks, window_left, window_right, softcap)
     layout = Layout.dense(q, k)
-    shape = (layout.batch, layout.heads, layout.seqlen_q)
-    if layout.seqlen_k == 0:
-        return torch.zeros_like(q), q.new_full(shape, -float("inf"), dtype=torch.float32)
-    out, lse = torch.empty_like(q), q.new_empty(shape, dtype=torch.float32)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     q, scale = positive_scale(q, scale)
-    _launch_forward(
-        layout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        key_lengths=key_lengths,
-        key_padding_mask=key_padding_mask,
-        seed=seed,
-        causal=causal,
-        scale=scale,
-        dropout_p=dropout_p,
-    )
+    masks = (bias, key_padding_mask, key_lengths, alibi_slopes, sinks)
+    options = Options(seed, causal, window_left, window_right, softcap, scale, dropout_p, *masks)
+    _launch_forward(layout, q, k, v, out, lse, options)
     return out, lse
 
 
@@ -268,17 +266,17 @@ def varlen_attention_forward(
     """Return the output of packed sequences, like `q` (Tq, H, D), and lse (H, Tq) in float32.
 
     `k` and `v` are (Tk, Hkv, D); sequence n owns rows ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``.
-    Rows that no sequence owns get 0 and -inf: a captured graph may carry a padded tail. Raises
-    `ValueError` for window, softcap, ALiBi or sinks.
+    Rows that no sequence owns get 0 and -inf: a captured graph may carry a padded tail.
     """
-    check_served(None, alibi_slopes, sinks, window_left, window_right, softcap)
     layout = Layout.packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     out = torch.zeros_like(q)
     lse = q.new_full((layout.heads, q.shape[0]), -float("inf"), dtype=torch.float32)
     q, scale = positive_scale(q, scale)
-    if layout.seqlen_k:
-        options = {"seed": seed, "causal": causal, "scale": scale, "dropout_p": dropout_p}
-        _launch_forward(layout, q, k, v, out, lse, **options)
+    options = Options(
+        seed, causal, window_left, window_right, softcap, scale, dropout_p,
+        alibi_slopes=alibi_slopes, sinks=sinks,
+    )  # fmt: skip
+    _launch_forward(layout, q, k, v, out, lse, options)
     return out, lse
 
 
@@ -291,7 +289,7 @@ def kernel_specs(family: str) -> Iterator[KernelSpec]:
     """Yield the launches of representative calls with the configs of an architecture family.
 
     Every head dim class in each demand of its configs, those that fill their tiles and those that
-    do not, with the masks, packing and grouped heads spread over them; single precision once.
+    do not, with the options spread over them; single precision once.
     """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     cases = [(bf16, dim, "none", 0.0, "") for dim in (16, 32, 64, 128, 256)]
@@ -300,7 +298,11 @@ def kernel_specs(family: str) -> Iterator[KernelSpec]:
     cases += [(bf16, 80, "none", 0.0, ""), (fp16, 40, "none", 0.0, "mask")]
     cases += [(bf16, dim, "top_left", 0.1, "lengths") for dim in (16, 32, 64, 128, 256)]
     cases += [(fp16, dim, "bottom_right", 0.1, "packed") for dim in (40, 80)]
+    cases += [(bf16, dim, "none", 0.0, "bias") for dim in (16, 32, 64, 128, 256)]
+    cases += [(bf16, dim, "top_left", 0.0, "window") for dim in (32, 64, 128, 256)]
+    cases += [(bf16, dim, "top_left", 0.1, "everything") for dim in (16, 32, 64, 128, 256)]
     cases += [(fp32, dim, "top_left", 0.1, "mask") for dim in (16, 32, 64, 128, 256)]
+    cases += [(fp32, dim, "top_left", 0.1, "everything") for dim in (16, 64, 128, 256)]
     for dtype, dim, causal, dropout_p, kind in cases:
         with recorded_launches(family) as specs:
             _representative_call(dtype, dim, causal, dropout_p, kind)
@@ -315,17 +317,21 @@ def _representative_call(
     def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    everything = kind == "everything"
     seed = meta(dtype=torch.int64) if dropout_p else None
-    options = (seed, causal, -1, -1, 0.0, 0.125, dropout_p)
+    window = 256 if everything or kind == "window" else -1
+    options = (seed, causal, window, -1, 30.0 if everything else 0.0, 0.125, dropout_p)
     if kind == "packed":
         q, k, boundaries = meta(4096, 4, dim), meta(4096, 2, dim), meta(5, dtype=torch.int32)
         sequences = (boundaries, boundaries, 2048, 2048, None, None)
         out, lse = varlen_attention_forward(q, k, k, *sequences, *options)
         varlen_attention_backward(out, lse, q, k, k, out, lse, *sequences, *options)
         return
-    q, k = meta(2, 4, 2048, dim), meta(2, 4, 2048, dim)
+    q, k = meta(2, 4, 2048, dim), meta(2, 2 if everything else 4, 2048, dim)
     mask = meta(2, 2048, dtype=torch.bool) if kind == "mask" else None
     lengths = meta(2, dtype=torch.int32) if kind == "lengths" else None
-    masks = (None, mask, lengths, None, None)
+    slopes = sinks = meta(4, dtype=torch.float32) if everything else None
+    bias = meta(1, 4, 2048, 2048) if everything or kind == "bias" else None
+    masks = (bias, mask, lengths, slopes, sinks)
     out, lse = attention_forward(q, k, k, *masks, *options)
-    attention_backward(out, None, q, k, k, out, lse, *masks, *options, False)
+    attention_backward(out, None, q, k, k, out, lse, *masks, *options, bias is not None)

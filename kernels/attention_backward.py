@@ -1,26 +1,24 @@
 """Flash attention in Triton: what the backward pass launches, and its preprocessing kernel."""
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_bias_gradient import bias_gradient
 from .attention_configs import key_gradient_tiles, query_gradient_tiles
 from .attention_gradients import attention_key_gradient_kernel, attention_query_gradient_kernel
+from .attention_layout import Layout, Options, positive_scale, unit_stride
+from .attention_logits import LOG2E
 from .attention_tiles import (
-    LOG2E,
     RUNTIME_SIZES,
-    Layout,
     aligned,
-    check_served,
     head_base,
     load_tile,
-    positive_scale,
     sequence_bounds,
     tile_offsets,
-    unit_stride,
 )
 from .common import launch
 
@@ -115,6 +113,18 @@ def _launch_delta(
     return lse_log2, delta
 
 
+def _sink_gradient(sinks: Tensor, lse_log2: Tensor, delta: Tensor) -> Tensor:
+    """Return the gradient of `sinks` (H,): a sink is a key whose value is 0.
+
+    `lse_log2` and `delta` are (B, H, Sq) or (H, Tq), as the delta kernel wrote them.
+    """
+    log2e = 1.4426950408889634
+    weights = torch.exp2(sinks.float()[:, None] * log2e - lse_log2)  # of the sinks, by row
+    weights = torch.where(lse_log2.isfinite(), weights, 0.0)
+    rows = (weights * delta).sum(-1)
+    return (-rows.sum(0) if rows.dim() == 2 else -rows).to(sinks.dtype)
+
+
 def _launch_backward(
     layout: Layout,
     dout: Tensor,
@@ -124,36 +134,38 @@ def _launch_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    **options: Any,
-) -> None:
-    """Write dq, dk and dv; `options` are those of `Layout.arguments`."""
+    options: Options,
+    bias_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return dq, dk, dv, and where asked for dbias and dsinks."""
+    packed = layout.cu_seqlens_q is not None
+    like = torch.zeros_like if packed else torch.empty_like
+    dq, dk, dv = like(q), like(k), like(v)
     dout = unit_stride(dout)
     dlse = None if dlse is None else dlse.contiguous()
+    signed_q, scale = positive_scale(q, options.scale)
+    options = replace(options, scale=scale)
     lse_log2, delta = _launch_delta(layout, out, dout, lse, dlse)
     inputs = {
-        "q_ptr": q,
+        "q_ptr": signed_q,
         "k_ptr": k,
         "v_ptr": v,
         "dout_ptr": dout,
         "lse_log2_ptr": lse_log2,
         "delta_ptr": delta,
-        **layout.arguments(lse, **options),
+        **layout.arguments(lse, options),
     }
-    demand = layout.demand(options["dropout_p"])
-    kind = (layout.family, layout.block_d, layout.dtype, demand)
+    kind = (layout.family, layout.block_d, layout.dtype, layout.demand(options))
     tiles = key_gradient_tiles(*kind)
     blocks = triton.cdiv(layout.seqlen_k, tiles.block_n)
     launch(
         attention_key_gradient_kernel,
-        (blocks * (layout.heads // layout.group) * layout.batch,),
+        (blocks * (layout.heads // max(layout.group, 1)) * layout.batch,),
         {
             **inputs,
             "dk_ptr": dk,
             "dv_ptr": dv,
-            **layout.strides(q=q, k=k, v=v, do=dout, dk=dk, dv=dv),
+            **layout.strides(q=signed_q, k=k, v=v, do=dout, dk=dk, dv=dv),
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
             "EDGE_M": tiles.edge,
@@ -169,7 +181,7 @@ def _launch_backward(
         {
             **inputs,
             "dq_ptr": dq,
-            **layout.strides(q=q, k=k, v=v, do=dout, dq=dq),
+            **layout.strides(q=signed_q, k=k, v=v, do=dout, dq=dq),
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
             "EDGE_N": tiles.edge,
@@ -177,6 +189,12 @@ def _launch_backward(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+    dbias = None
+    if bias_grad and options.bias is not None:
+        inputs |= layout.strides(q=signed_q, k=k, v=v, do=dout)
+        dbias = bias_gradient(layout, options.bias, inputs)
+    dsinks = None if options.sinks is None else _sink_gradient(options.sinks, lse_log2, delta)
+    return (dq.neg_() if signed_q is not q else dq), dk, dv, dbias, dsinks
 
 
 def attention_backward(
@@ -200,39 +218,16 @@ def attention_backward(
     scale: float,
     dropout_p: float,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    """Return dq, dk and dv like `q`, `k` and `v`, and None for dbias and dsinks.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return dq, dk, dv like `q`, `k`, `v`, dbias like `bias` if `bias_grad`, and dsinks.
 
     `out` and `lse` are what `attention_forward` returned, `dout` and `dlse` their gradients; `dlse`
-    may be None. Rows that see no key and keys that are padding get gradients of exactly 0. Raises
-    `ValueError` for bias, window, softcap, ALiBi or sinks.
+    may be None. Rows that see no key and keys that are padding get gradients of exactly 0.
     """
-    check_served(bias, alibi_slopes, sinks, window_left, window_right, softcap)
     layout = Layout.dense(q, k)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if layout.seqlen_q == 0 or layout.seqlen_k == 0 or layout.heads == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), None, None
-    signed_q, positive = positive_scale(q, scale)
-    _launch_backward(
-        layout,
-        dout,
-        dlse,
-        signed_q,
-        k,
-        v,
-        out,
-        lse,
-        dq,
-        dk,
-        dv,
-        key_lengths=key_lengths,
-        key_padding_mask=key_padding_mask,
-        seed=seed,
-        causal=causal,
-        scale=positive,
-        dropout_p=dropout_p,
-    )
-    return (dq.neg_() if scale < 0 else dq), dk, dv, None, None
+    masks = (bias, key_padding_mask, key_lengths, alibi_slopes, sinks)
+    options = Options(seed, causal, window_left, window_right, softcap, scale, dropout_p, *masks)
+    return _launch_backward(layout, dout, dlse, q, k, v, out, lse, options, bias_grad)
 
 
 def varlen_attention_backward(
@@ -256,17 +251,15 @@ def varlen_attention_backward(
     softcap: float,
     scale: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, None]:
-    """Return dq, dk and dv of packed sequences like `q`, `k` and `v`, and None for dsinks.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dq, dk and dv of packed sequences like `q`, `k` and `v`, and dsinks.
 
-    As `attention_backward`; rows that no sequence owns get 0. Raises `ValueError` for window,
-    softcap, ALiBi or sinks.
+    As `attention_backward`; rows that no sequence owns get 0.
     """
-    check_served(None, alibi_slopes, sinks, window_left, window_right, softcap)
     layout = Layout.packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    if layout.seqlen_q and layout.seqlen_k and layout.heads:
-        signed_q, positive = positive_scale(q, scale)
-        options = {"seed": seed, "causal": causal, "scale": positive, "dropout_p": dropout_p}
-        _launch_backward(layout, dout, dlse, signed_q, k, v, out, lse, dq, dk, dv, **options)
-    return (dq.neg_() if scale < 0 else dq), dk, dv, None
+    options = Options(
+        seed, causal, window_left, window_right, softcap, scale, dropout_p,
+        alibi_slopes=alibi_slopes, sinks=sinks,
+    )  # fmt: skip
+    dq, dk, dv, _, dsinks = _launch_backward(layout, dout, dlse, q, k, v, out, lse, options)
+    return dq, dk, dv, dsinks

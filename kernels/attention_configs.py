@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 
 #: What a call asks of the registers: "lean" calls fill their tiles, have a key head for each query
-#: head and no dropout; "general" ones lack dropout only.
-Demand = Literal["lean", "general", "dropout"]
+#: head, no dropout and nothing that acts on their logits; "general" ones lack the last two.
+Demand = Literal["lean", "general", "dropout", "logits"]
 
 
 class Tiles(NamedTuple):
@@ -60,6 +60,15 @@ _QUERY_GRADIENT: _Table = {
     64: {"lean": Tiles(128, 64, 64, 8, 2)},
     128: {"lean": Tiles(128, 32, 32, 8, 2)},
     256: {"lean": Tiles(64, 32, 32, 8, 1), "dropout": Tiles(64, 32, 32, 8, 2)},
+}
+
+# The bias gradient holds one accumulator, and both operands of both products at once.
+_BIAS_GRADIENT: _Table = {
+    16: {"lean": Tiles(64, 64, 64, 4, 1)},
+    32: {"lean": Tiles(64, 64, 64, 4, 1)},
+    64: {"lean": Tiles(64, 64, 64, 4, 1)},
+    128: {"lean": Tiles(64, 64, 64, 8, 1)},
+    256: {"lean": Tiles(32, 32, 32, 4, 1)},
 }
 
 #: Rows that take the place of those above in a family.
@@ -125,6 +134,7 @@ _QUERY_SINGLE = {
     128: Tiles(32, 32, 32, 4, 1),
     256: Tiles(16, 32, 32, 16, 1),
 }
+_BIAS_SINGLE = dict.fromkeys((16, 32, 64, 128, 256), Tiles(32, 32, 32, 8, 1))
 
 
 def _tiles(
@@ -140,7 +150,11 @@ def _tiles(
     if dtype == torch.float32:
         return single[block_d]
     row = exceptions.get(family, {}).get(block_d) or table[block_d]
-    return row.get(demand) or row.get("general") or row["lean"]
+    order: tuple[Demand, ...] = ("lean", "general", "dropout", "logits")
+    for lower in reversed(order[: order.index(demand) + 1]):
+        if lower in row:
+            return row[lower]
+    raise KeyError(f"no config for head dim {block_d} on {family}")
 
 
 def forward_tiles(family: str, block_d: int, dtype: torch.dtype, demand: Demand) -> Tiles:
@@ -156,3 +170,8 @@ def key_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, demand: De
 def query_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, demand: Demand) -> Tiles:
     """Return the config of the dq pass."""
     return _tiles(_QUERY_GRADIENT, _QUERY_EXCEPTIONS, _QUERY_SINGLE, family, block_d, dtype, demand)
+
+
+def bias_gradient_tiles(family: str, block_d: int, dtype: torch.dtype) -> Tiles:
+    """Return the config of the dbias pass, whose every call has a bias."""
+    return _tiles(_BIAS_GRADIENT, {}, _BIAS_SINGLE, family, block_d, dtype, "logits")

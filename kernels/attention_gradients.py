@@ -11,15 +11,12 @@ Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Wor
 import triton
 import triton.language as tl
 
+from .attention_logits import finished_logits, key_ranges, query_ranges, scoring_of
 from .attention_tiles import (
-    LOG2E,
     RUNTIME_SIZES,
     aligned,
     head_base,
-    key_ranges,
     load_tile,
-    masked_logits,
-    row_ends,
     sequence_bounds,
     store_tile,
     tile_offsets,
@@ -33,41 +30,50 @@ from .common import dropout_keep
 
 @triton.jit
 def _add_key_gradients(
-    dk, dv, k, v,
+    dk, dv, k, v, first_key,
     q_base, stride_qs, dout_base, stride_dos, lse_base, delta_base,
-    first_key, begin, begin_count, tail, count, seqlen_q, key_end, diagonal, scale_log2,
+    scoring, begin, head_end, tail, end,
     seed, batch, head, threshold, dropout_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what `count` query blocks give to dk and dv of a key block.
+    """Add what query blocks give to dk and dv of a key block.
 
-    If MASKED, the first `begin_count` blocks lie side by side from row `begin`, the others from row
-    `tail`. Logits are held as (key, query): operands of dk and dv as they are.
+    If MASKED, they are those from `begin` to `head_end` and from `tail` to `end`, else those from
+    `begin` to `end`. Logits are held as (key, query): operands of dk and dv as they are.
     """
     BLOCK_N: tl.constexpr = k.shape[0]
+    HIDES: tl.constexpr = MASKED and (
+        scoring.window_left is not None or scoring.window_right is not None
+    )
     q_offsets = tile_offsets(stride_qs, BLOCK_M, k.shape[1])  # (BLOCK_M, BLOCK_D)
     dout_offsets = tile_offsets(stride_dos, BLOCK_M, k.shape[1])  # (BLOCK_M, BLOCK_D)
-    for block in range(0, count):
-        row = begin + block * BLOCK_M
+    gap = 0
+    if MASKED:
+        gap = tail - head_end
+        end = head_end + tl.maximum(end - tail, 0)
+    for place in range(begin, end, BLOCK_M):
+        row = place
         if MASKED:
-            row = tl.where(block < begin_count, row, tail + (block - begin_count) * BLOCK_M)
+            row = tl.where(place < head_end, place, place + gap)
         rows = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-        q = load_tile(q_base, q_offsets, row, stride_qs, seqlen_q, HEAD_DIM, MASKED)
+        q = load_tile(q_base, q_offsets, row, stride_qs, scoring.seqlen_q, HEAD_DIM, MASKED)
         if MASKED:
             # Rows that do not exist add nothing: their q, dout and delta are 0.
-            lse = tl.load(lse_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
-            delta = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
+            real = rows < scoring.seqlen_q  # (BLOCK_M,)
+            lse = tl.load(lse_base + rows, mask=real, other=0.0)  # (BLOCK_M,)
+            delta = tl.load(delta_base + rows, mask=real, other=0.0)  # (BLOCK_M,)
         else:
             lse = tl.load(lse_base + rows)  # (BLOCK_M,)
             delta = tl.load(delta_base + rows)  # (BLOCK_M,)
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-        if MASKED and CAUSAL:
-            columns = first_key + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-            ends = row_ends(rows, key_end, diagonal, CAUSAL)  # (BLOCK_M,)
-            logits = masked_logits(logits, columns, ends, None, 0, key_end, 0)
-        weights = tl.exp2(logits * scale_log2 - lse[None, :])  # (BLOCK_N, BLOCK_M)
-        dout = load_tile(dout_base, dout_offsets, row, stride_dos, seqlen_q, HEAD_DIM, MASKED)
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        logits, factor, derivative = finished_logits(
+            products, row, first_key, scoring, 0, HIDES, not MASKED, False
+        )
+        weights = tl.exp2(logits * factor - lse[None, :])  # (BLOCK_N, BLOCK_M)
+        dout = load_tile(
+            dout_base, dout_offsets, row, stride_dos, scoring.seqlen_q, HEAD_DIM, MASKED
+        )
         dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         kept = weights
         if DROPOUT:
@@ -76,38 +82,64 @@ def _add_key_gradients(
             kept = tl.where(keep, weights, 0.0)
             dweights = tl.where(keep, dweights * dropout_scale, 0.0)
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dlogits = weights * (dweights - delta[None, :])  # (BLOCK_N, BLOCK_M)
+        dlogits = weights * (dweights - delta[None, :]) * derivative  # (BLOCK_N, BLOCK_M)
         dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit
+def logit_gradients(
+    q, dout, lse, delta, row, k, v, start, scoring,
+    seed, batch, head, threshold, dropout_scale,
+    MASKED: tl.constexpr, KEYS_EXIST: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return dS (BLOCK_M, BLOCK_N), the gradient of a tile of logits behind the softcap.
+
+    The second result is the softcap's derivative, which the gradient of the products lacks.
+    """
+    BLOCK_M: tl.constexpr = q.shape[0]
+    BLOCK_N: tl.constexpr = k.shape[0]
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+    logits, factor, derivative = finished_logits(
+        products, row, start, scoring, 1, MASKED, False, KEYS_EXIST
+    )
+    weights = tl.exp2(logits * factor - lse[:, None])  # (BLOCK_M, BLOCK_N)
+    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+    if DROPOUT:
+        keep = dropout_keep(seed, batch, head, row, start, threshold, BLOCK_M, BLOCK_N)
+        dweights = tl.where(keep, dweights * dropout_scale, 0.0)
+    return weights * (dweights - delta[:, None]), derivative
+
+
+@triton.jit
 def _add_query_gradient(
-    dq, q, dout, lse, delta, ends,
-    k_base, stride_ks, v_base, stride_vs, pad_base, stride_pad_s,
-    begin, end, key_end, scale_log2,
-    seed, batch, head, row, threshold, dropout_scale,
+    dq, q, dout, lse, delta, row,
+    k_base, stride_ks, v_base, stride_vs, scoring, begin, head_end, tail, end,
+    seed, batch, head, threshold, dropout_scale,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the key blocks from `begin` to `end` give to dq of a query block."""
-    BLOCK_M: tl.constexpr = q.shape[0]
+    """Add what key blocks give to dq of a query block; which ones, as in the forward pass."""
     k_offsets = tile_offsets(stride_ks, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
     v_offsets = tile_offsets(stride_vs, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
-    for start in range(begin, end, BLOCK_N):
-        k = load_tile(k_base, k_offsets, start, stride_ks, key_end, HEAD_DIM, MASKED)
-        v = load_tile(v_base, v_offsets, start, stride_vs, key_end, HEAD_DIM, MASKED)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        if MASKED:
-            columns = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-            logits = masked_logits(logits, columns, ends, pad_base, stride_pad_s, key_end, 1)
-        weights = tl.exp2(logits * scale_log2 - lse[:, None])  # (BLOCK_M, BLOCK_N)
-        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        if DROPOUT:
-            keep = dropout_keep(seed, batch, head, row, start, threshold, BLOCK_M, BLOCK_N)
-            dweights = tl.where(keep, dweights * dropout_scale, 0.0)
-        dlogits = weights * (dweights - delta[:, None])  # (BLOCK_M, BLOCK_N)
-        dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
+    gap = 0
+    if MASKED and scoring.window_left is not None:
+        gap = tail - head_end
+        end = head_end + tl.maximum(end - tail, 0)
+    elif MASKED:
+        begin = tail
+    for place in range(begin, end, BLOCK_N):
+        start = place
+        if MASKED and scoring.window_left is not None:
+            start = tl.where(place < head_end, place, place + gap)
+        k = load_tile(k_base, k_offsets, start, stride_ks, scoring.key_end, HEAD_DIM, MASKED)
+        v = load_tile(v_base, v_offsets, start, stride_vs, scoring.key_end, HEAD_DIM, MASKED)
+        dlogits, derivative = logit_gradients(
+            q, dout, lse, delta, row, k, v, start, scoring,
+            seed, batch, head, threshold, dropout_scale, MASKED, not MASKED, DROPOUT, PRECISION,
+        )  # fmt: skip
+        dlogits = (dlogits * derivative).to(k.dtype)  # (BLOCK_M, BLOCK_N)
+        dq = tl.dot(dlogits, k, dq, input_precision=PRECISION)
     return dq
 
 
@@ -125,10 +157,12 @@ def attention_key_gradient_kernel(
     dk_ptr, stride_dkb, stride_dkh, stride_dks,
     dv_ptr, stride_dvb, stride_dvh, stride_dvs,
     lse_log2_ptr, delta_ptr, stride_lb, stride_lh,
-    padding, stride_pad_b, stride_pad_s,
+    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    padding_ptr, stride_pad_b, stride_pad_s, slopes_ptr,
     key_lengths, cu_seqlens_q, cu_seqlens_k, seed_ptr,
-    heads, seqlen_q, seqlen_k, sm_scale, threshold, dropout_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    heads, seqlen_q, seqlen_k, window_left, window_right, sm_scale, softcap,
+    threshold, dropout_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_M: tl.constexpr,
 ):  # fmt: skip
@@ -159,18 +193,6 @@ def attention_key_gradient_kernel(
     k = load_tile(k_base, k_offsets, first_key, stride_ks, seqlen_k, HEAD_DIM, True)
     v = load_tile(v_base, v_offsets, first_key, stride_vs, seqlen_k, HEAD_DIM, True)
 
-    # Query blocks from `begin` cross the diagonal, from `full_begin` see every key, from `full_end`
-    # hold rows that do not exist. Keys that are all padding visit none.
-    begin = tl.full((), 0, tl.int32)
-    full_begin = begin
-    row_end = tl.where(first_key < key_end, seqlen_q, 0)
-    if CAUSAL:
-        begin = tl.maximum(first_key - diagonal, 0) // EDGE_M * EDGE_M
-        full_begin = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - diagonal, 0), EDGE_M) * EDGE_M
-    begin_count = tl.cdiv(tl.maximum(tl.minimum(full_begin, row_end) - begin, 0), EDGE_M)
-    full_count = tl.maximum(row_end - full_begin, 0) // BLOCK_M
-    full_end = full_begin + full_count * BLOCK_M
-    tail_count = tl.cdiv(tl.maximum(row_end - full_end, 0), EDGE_M)
     seed = 0
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -184,23 +206,29 @@ def attention_key_gradient_kernel(
             dout_ptr, batch, head, start_q, stride_dob, stride_doh, stride_dos, ALIGN
         )
         rows_base = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + start_q
+        scoring = scoring_of(
+            batch, head, sm_scale, softcap,
+            bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+            slopes_ptr, None, 0, 0,
+            seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
+        )  # fmt: skip
+        begin, head_end, full, full_end, end = query_ranges(
+            first_key, scoring, BLOCK_N, BLOCK_M, EDGE_M
+        )
         for MASKED in tl.static_range(2):
             dk, dv = _add_key_gradients(
-                dk, dv, k, v,
+                dk, dv, k, v, first_key,
                 q_base, stride_qs, dout_base, stride_dos,
                 lse_log2_ptr + rows_base, delta_ptr + rows_base,
-                first_key, begin if MASKED else full_begin, begin_count, full_end,
-                begin_count + tail_count if MASKED else full_count, seqlen_q, key_end, diagonal,
-                sm_scale * LOG2E,
+                scoring, begin if MASKED else full, head_end, full_end, end if MASKED else full_end,
                 seed, batch, head, threshold, dropout_scale,
-                HEAD_DIM, EDGE_M if MASKED else BLOCK_M, CAUSAL, MASKED, seed_ptr is not None,
-                PRECISION,
+                HEAD_DIM, EDGE_M if MASKED else BLOCK_M, MASKED, seed_ptr is not None, PRECISION,
             )  # fmt: skip
 
     keys = first_key + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     real = keys < key_end  # (BLOCK_N,)
-    if padding is not None:
-        pad_base = padding + batch.to(tl.int64) * stride_pad_b
+    if padding_ptr is not None:
+        pad_base = padding_ptr + batch.to(tl.int64) * stride_pad_b
         padded = tl.load(pad_base + keys * stride_pad_s, mask=real, other=1)  # (BLOCK_N,)
         real = real & (padded == 0)
     if seed_ptr is not None:
@@ -221,10 +249,12 @@ def attention_query_gradient_kernel(
     dout_ptr, stride_dob, stride_doh, stride_dos,
     dq_ptr, stride_dqb, stride_dqh, stride_dqs,
     lse_log2_ptr, delta_ptr, stride_lb, stride_lh,
-    padding, stride_pad_b, stride_pad_s,
+    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    padding_ptr, stride_pad_b, stride_pad_s, slopes_ptr,
     key_lengths, cu_seqlens_q, cu_seqlens_k, seed_ptr,
-    heads, seqlen_q, seqlen_k, sm_scale, threshold, dropout_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    heads, seqlen_q, seqlen_k, window_left, window_right, sm_scale, softcap,
+    threshold, dropout_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
@@ -234,7 +264,7 @@ def attention_query_gradient_kernel(
     batch = pid // (blocks * heads)
     head = pid // blocks % heads
     row = (pid % blocks) * BLOCK_M
-    if CAUSAL:
+    if window_right is not None:
         row = (blocks - 1) * BLOCK_M - row
     start_q, start_k, seqlen_q, seqlen_k, key_end, diagonal = sequence_bounds(
         batch, cu_seqlens_q, cu_seqlens_k, key_lengths, seqlen_q, seqlen_k, BOTTOM_RIGHT
@@ -258,25 +288,24 @@ def attention_query_gradient_kernel(
     rows_base = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + start_q
     lse = tl.load(lse_log2_ptr + rows_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
     delta = tl.load(delta_ptr + rows_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
-    ends = row_ends(rows, key_end, diagonal, CAUSAL)  # (BLOCK_M,)
-    full_end, visible_end = key_ranges(
-        row, seqlen_q, key_end, diagonal, padding, CAUSAL, BLOCK_M, BLOCK_N
-    )
-    pad_base = None
-    if padding is not None:
-        pad_base = padding + batch.to(tl.int64) * stride_pad_b
+    scoring = scoring_of(
+        batch, head, sm_scale, softcap,
+        bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+        slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
+        seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
+    )  # fmt: skip
+    begin, head_end, full, full_end, end = key_ranges(row, scoring, BLOCK_M, BLOCK_N, EDGE_N)
     seed = 0
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for MASKED in tl.static_range(0 if padding is None else 1, 2):
+    for MASKED in tl.static_range(0 if padding_ptr is None else 1, 2):
         dq = _add_query_gradient(
-            dq, q, dout, lse, delta, ends,
-            k_base, stride_ks, v_base, stride_vs, pad_base, stride_pad_s,
-            full_end if MASKED else 0, visible_end if MASKED else full_end, key_end,
-            sm_scale * LOG2E,
-            seed, batch, head, row, threshold, dropout_scale,
+            dq, q, dout, lse, delta, row,
+            k_base, stride_ks, v_base, stride_vs, scoring,
+            begin if MASKED else full, head_end, full_end, end if MASKED else full_end,
+            seed, batch, head, threshold, dropout_scale,
             HEAD_DIM, EDGE_N if MASKED else BLOCK_N, MASKED, seed_ptr is not None, PRECISION,
         )  # fmt: skip
     dq_base = head_base(dq_ptr, batch, head, start_q, stride_dqb, stride_dqh, stride_dqs, ALIGN)

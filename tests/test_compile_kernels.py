@@ -51,7 +51,15 @@ def describe(spec: KernelSpec) -> str:
     return "-".join(words)
 
 
-OPTIONAL = ("padding", "key_lengths", "cu_seqlens_q", "seed_ptr", "upstream_ptr")
+OPTIONAL = (
+    "padding_ptr",
+    "key_lengths",
+    "cu_seqlens_q",
+    "seed_ptr",
+    "upstream_ptr",
+    "bias_ptr",
+    "slopes_ptr",
+)
 
 
 def tile_class(spec: KernelSpec) -> tuple[Any, ...]:

@@ -136,22 +136,6 @@ def test_a_length_past_the_keys_is_their_number():
     assert torch.equal(out, plain)
 
 
-@pytest.mark.parametrize(
-    ("name", "masks", "numbers"),
-    [
-        ("bias", (torch.zeros(1, 1, 4, 4), None, None, None, None), NO_OPTIONS),
-        ("alibi_slopes", (None, None, None, torch.zeros(1), None), NO_OPTIONS),
-        ("sinks", (None, None, None, None, torch.zeros(1)), NO_OPTIONS),
-        ("window", NO_MASKS, (3, -1, 0.0)),
-        ("softcap", NO_MASKS, (-1, -1, 30.0)),
-    ],
-)
-def test_options_not_served_are_refused_by_name(name, masks, numbers):
-    q = torch.zeros(1, 1, 4, 16)
-    with pytest.raises(ValueError, match=name):
-        kernels.attention_forward(q, q, q, *masks, None, "none", *numbers, 1.0, 0.0)
-
-
 def test_tf32_follows_the_setting_of_pytorch():
     torch.manual_seed(0)
     q = torch.randn(1, 1, 32, 32)

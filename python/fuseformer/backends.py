@@ -15,6 +15,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 _TRITON_OPS = (
     "attention",
     "varlen_attention",
+    "decode_attention",
     "feed_forward",
     "add_layer_norm",
     "linear_cross_entropy",
@@ -74,11 +75,6 @@ def refusal(backend: str, request: Request) -> str | None:
         return f"the Triton kernels take float32, float16 and bfloat16, not {request.dtype}"
     if request.head_dim and not 8 <= request.head_dim <= 256:
         return f"the Triton kernels take head dims from 8 to 256, not {request.head_dim}"
-    missing = sorted(
-        request.options & {"bias", "window", "softcap", "alibi_slopes", "sinks", "z_loss"}
-    )
-    if missing and request.op in ("attention", "varlen_attention"):
-        return f"the Triton kernel does not take {', '.join(missing)} yet"
     return None
 
 

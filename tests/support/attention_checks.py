@@ -3,8 +3,10 @@
 `kernels` is `fuseformer.kernels.attention`, or a copy of it with a planted bug.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from fuseformer.philox import dropout_scale, keep_mask
 from fuseformer.testing import assert_close_to_reference
 
 NO_OPTIONS = (-1, -1, 0.0)  # window left and right, softcap
-RESULTS = ("out", "lse", "dq", "dk", "dv")
+RESULTS = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,29 @@ class Case:
     padding: bool = False
     scale: float | None = None
     batch: int = 1
+    bias: str = ""  # its dimensions that are not broadcast, of "bhqk"
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"{self.batch}x{self.heads[0]}:{self.heads[1]}x{self.lengths[0]}:{self.lengths[1]}"
         masks = f"{self.causal}{'-lengths' * bool(self.key_lengths)}{'-padding' * self.padding}"
-        return f"{dtype}-{sizes}x{self.head_dim}-{masks}-{self.dropout_p}"
+        options = [
+            f"bias_{self.bias}" * bool(self.bias),
+            f"window_{self.window[0]}:{self.window[1]}" * (self.window != (-1, -1)),
+            f"softcap_{self.softcap}" * bool(self.softcap),
+            "alibi" * self.alibi,
+            "sinks" * self.sinks,
+        ]
+        name = f"{dtype}-{sizes}x{self.head_dim}-{masks}-{self.dropout_p}"
+        return "-".join([name, *filter(None, options)])
 
 
 def gradients(
-    out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, inputs: tuple[Tensor, ...]
+    out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, inputs: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `inputs` for those of the output and the lse, by autograd."""
     loss = (out * dout.to(out.dtype)).sum()
@@ -49,14 +64,21 @@ def gradients(
     return torch.autograd.grad(loss, inputs)
 
 
-def compare(actual: tuple[Tensor, ...], oracle, inputs: tuple[Tensor, ...], dout, dlse) -> None:
-    """Judge (out, lse, dq, dk, dv) by `oracle` of q, k and v, in float64 and in their dtype."""
+def compare(actual: Sequence[Tensor | None], oracle, inputs: Sequence[Any], dout, dlse) -> None:
+    """Judge (out, lse, *gradients) by `oracle` of `inputs`, in float64 and in their dtype.
+
+    `actual` holds None where there is no such gradient, `inputs` where there is no such input.
+    """
     expected = []
-    for dtype in (torch.float64, inputs[0].dtype):
-        leaves = tuple(x.detach().to(dtype).requires_grad_() for x in inputs)
-        out, lse = oracle(*leaves)
+    given = [x for x in inputs if x is not None]
+    for dtype in (torch.float64, given[0].dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+        left = iter(leaves)
+        out, lse = oracle(*(None if x is None else next(left) for x in inputs))
         expected.append((out.detach(), lse.detach(), *gradients(out, lse, dout, dlse, leaves)))
-    for name, result, exact, low in zip(RESULTS, actual, *expected, strict=True):
+    names = [n for n, x in zip(RESULTS, (..., ..., *inputs), strict=False) if x is not None]
+    actual = [x for x in actual if x is not None]
+    for name, result, exact, low in zip(names, actual, *expected, strict=True):
         factor = 2.0 if name in ("out", "lse") else 3.0
         assert_close_to_reference(result, exact, low, factor=factor, name=name)
 
@@ -82,16 +104,30 @@ def check_dense(kernels: ModuleType, case: Case) -> None:
     if case.dropout_p:
         seed = torch.tensor(-7_000_000_000_123)
     scale = d**-0.5 if case.scale is None else case.scale
-    masks = (None, padding, lengths, None, None)
-    options = (seed, case.causal, *NO_OPTIONS, scale, case.dropout_p)
+    bias = slopes = sinks = None
+    if case.bias:
+        sizes = {"b": case.batch, "h": heads, "q": sq, "k": sk}.items()
+        bias = draw(*(n if name in case.bias else 1 for name, n in sizes))
+    if case.alibi:
+        slopes = 2.0 ** -torch.arange(1.0, heads + 1)
+    if case.sinks:
+        sinks = draw(heads)
+    masks = (bias, padding, lengths, slopes, sinks)
+    options = (seed, case.causal, *case.window, case.softcap, scale, case.dropout_p)
     out, lse = kernels.attention_forward(q, k, v, *masks, *options)
-    dq, dk, dv, dbias, dsinks = kernels.attention_backward(
-        dout, dlse, q, k, v, out, lse, *masks, *options, False
+    grads = kernels.attention_backward(
+        dout, dlse, q, k, v, out, lse, *masks, *options, bias is not None
     )
-    assert dbias is None
-    assert dsinks is None
+    dq, dk, dv, *_ = grads
     assert out.stride() == q.stride()
-    empty = lse == -torch.inf
+    _, plain_lse = reference.attention(
+        *(x.float() for x in (q, k, v)),
+        causal=case.causal,
+        key_padding_mask=padding,
+        key_lengths=lengths,
+        window=case.window,
+    )
+    empty = plain_lse == -torch.inf
     assert not out[empty].any(), "rows without keys must give 0"
     assert not dq[empty].any(), "rows without keys must have gradient 0"
     hidden = torch.zeros(case.batch, sk, dtype=torch.bool) if padding is None else padding
@@ -100,7 +136,7 @@ def check_dense(kernels: ModuleType, case: Case) -> None:
     for name, grad in (("dk", dk), ("dv", dv)):
         assert not grad.transpose(1, 2)[hidden].any(), f"{name} of padded keys must be 0"
 
-    def oracle(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def oracle(q, k, v, bias, sinks) -> tuple[Tensor, Tensor]:
         return reference.attention(
             q,
             k,
@@ -108,12 +144,17 @@ def check_dense(kernels: ModuleType, case: Case) -> None:
             causal=case.causal,
             key_padding_mask=padding,
             key_lengths=lengths,
+            bias=bias,
+            window=case.window,
+            softcap=case.softcap,
+            alibi_slopes=slopes,
+            sinks=sinks,
             scale=scale,
             dropout_p=case.dropout_p,
             seed=seed,
         )
 
-    compare((out, lse, dq, dk, dv), oracle, (q, k, v), dout, dlse)
+    compare((out, lse, *grads), oracle, (q, k, v, bias, sinks), dout, dlse)
 
 
 def check_packed(
@@ -124,6 +165,11 @@ def check_packed(
     causal: str,
     dropout_p: float,
     unowned: int = 0,
+    *,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi: bool = False,
+    sinks: bool = False,
 ) -> None:
     """Packed sequences of (queries, keys) against the oracle; `unowned` rows at the end stay 0."""
     generator = torch.Generator().manual_seed(1)
@@ -140,12 +186,13 @@ def check_packed(
     dlse = torch.randn(6, total_q, generator=generator)
     seed = torch.tensor(99) if dropout_p else None
     longest = (max(n for n, _ in sequences), max(n for _, n in sequences))
-    packing = (queries, keys, *longest, None, None)
-    options = (seed, causal, *NO_OPTIONS, head_dim**-0.5, dropout_p)
+    slopes = 2.0 ** -torch.arange(1.0, 7) if alibi else None
+    sink = draw(6) if sinks else None
+    packing = (queries, keys, *longest, slopes, sink)
+    options = (seed, causal, *window, softcap, head_dim**-0.5, dropout_p)
     out, lse = kernels.varlen_attention_forward(q, k, v, *packing, *options)
     grads = kernels.varlen_attention_backward(dout, dlse, q, k, v, out, lse, *packing, *options)
     dq, dk, dv, dsinks = grads
-    assert dsinks is None
     if unowned:
         for name, rows in (("out", out), ("dq", dq), ("dk", dk), ("dv", dv)):
             assert not rows[-unowned:].any(), f"{name} of rows that no sequence owns must be 0"
@@ -154,13 +201,24 @@ def check_packed(
     q, dout, out, dq = (x[:real_q] for x in (q, dout, out, dq))
     k, v, dk, dv = (x[:real_k] for x in (k, v, dk, dv))
 
-    def oracle(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def oracle(q, k, v, bias, sinks) -> tuple[Tensor, Tensor]:
         return reference.varlen_attention(
-            q, k, v, queries, keys, causal=causal, dropout_p=dropout_p, seed=seed
+            q,
+            k,
+            v,
+            queries,
+            keys,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=slopes,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            seed=seed,
         )
 
-    results = (out, lse[:, :real_q], dq, dk, dv)
-    compare(results, oracle, (q, k, v), dout, dlse[:, :real_q])
+    results = (out, lse[:, :real_q], dq, dk, dv, None, dsinks)
+    compare(results, oracle, (q, k, v, None, sink), dout, dlse[:, :real_q])
 
 
 def check_dropout_mask(kernels: ModuleType, dropout_p: float) -> None:

@@ -1,0 +1,216 @@
+"""The logits of attention: scale, softcap, bias, ALiBi and masks, in every pass from one place.
+
+Order of the logits: ``q @ k.T * scale``, softcap, bias, ALiBi, masks. Kernels keep them in the
+units of exp2. Where nothing but the scale and masks act on them they stay unscaled products until
+the exponential, which takes the scale in its own multiply-add.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+# ------------------------------------------------------------------------------------------------
+# Constants
+# ------------------------------------------------------------------------------------------------
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Scoring(NamedTuple):
+    """What turns the products of one head's queries and keys into logits; None is off.
+
+    Keys at or past `key_end` do not exist or are padding. Query i sees the keys from
+    i + diagonal - window_left to i + diagonal + window_right; a causal mask is a right window of 0.
+    `bias` and `padding` point to the part of the head, or of the batch entry.
+    """
+
+    scale_log2: Any
+    softcap: Any
+    bias: Any
+    stride_bias_m: Any
+    stride_bias_n: Any
+    slope_log2: Any
+    padding: Any
+    stride_pad_s: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    key_end: Any
+    diagonal: Any
+    window_left: Any
+    window_right: Any
+
+
+# ------------------------------------------------------------------------------------------------
+# Device helpers
+# ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scoring_of(
+    batch, head, sm_scale, softcap,
+    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
+    slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
+    seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
+):  # fmt: skip
+    """Return the `Scoring` of one head, with 64-bit offsets to what may be large."""
+    bias = None
+    if bias_ptr is not None:
+        offset = batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
+        bias = bias_ptr + offset
+    slope_log2 = None
+    if slopes_ptr is not None:
+        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
+    padding = None
+    if padding_ptr is not None:
+        padding = padding_ptr + batch.to(tl.int64) * stride_pad_b
+    return Scoring(
+        sm_scale * LOG2E,
+        softcap,
+        bias,
+        stride_bias_m,
+        stride_bias_n,
+        slope_log2,
+        padding,
+        stride_pad_s,
+        seqlen_q,
+        seqlen_k,
+        key_end,
+        diagonal,
+        window_left,
+        window_right,
+    )
+
+
+@triton.jit
+def key_ranges(
+    row, scoring, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr
+):  # fmt: skip
+    """Return the key blocks that a query block visits: (begin, head_end, full, full_end, end).
+
+    Blocks from `full` to `full_end` hide nothing. Those from `begin` to `head_end`, and from
+    `full_end` to `end`, hide some keys; no other is visited. A padding mask may touch any block:
+    none counts as full then.
+    """
+    begin = tl.full((), 0, tl.int32)
+    full = begin
+    end = scoring.key_end
+    full_end = end
+    last_row = tl.minimum(row + BLOCK_M, scoring.seqlen_q) - 1
+    if scoring.window_right is not None:
+        end = tl.minimum(end, last_row + scoring.diagonal + scoring.window_right + 1)
+        full_end = tl.minimum(full_end, row + scoring.diagonal + scoring.window_right + 1)
+        full_end = tl.maximum(full_end, 0)
+    full_end = full_end // BLOCK_N * BLOCK_N
+    head_end = begin
+    if scoring.window_left is not None:
+        begin = tl.maximum(row + scoring.diagonal - scoring.window_left, 0) // EDGE_N * EDGE_N
+        full = tl.maximum(last_row + scoring.diagonal - scoring.window_left, 0)
+        full = tl.cdiv(full, BLOCK_N) * BLOCK_N
+        full_end = tl.maximum(full, full_end)
+        head_end = begin + tl.cdiv(tl.maximum(tl.minimum(full, end) - begin, 0), EDGE_N) * EDGE_N
+    if scoring.padding is not None:
+        head_end, full, full_end = begin, begin, begin
+    return begin, head_end, full, full_end, end
+
+
+@triton.jit
+def query_ranges(
+    first_key, scoring, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EDGE_M: tl.constexpr
+):  # fmt: skip
+    """Return the query blocks that a key block visits: (begin, head_end, full, full_end, end).
+
+    As `key_ranges`, for rows. Keys that are all padding visit none; a padding mask hides no more
+    than rows of dk and dv, which are zeroed at the end.
+    """
+    begin = tl.full((), 0, tl.int32)
+    full = begin
+    end = tl.where(first_key < scoring.key_end, scoring.seqlen_q, 0)
+    full_end = end
+    if scoring.window_right is not None:
+        first_row = first_key - scoring.diagonal - scoring.window_right
+        begin = tl.maximum(first_row, 0) // EDGE_M * EDGE_M
+        full = tl.cdiv(tl.maximum(first_row + BLOCK_N - 1, 0), EDGE_M) * EDGE_M
+    if scoring.window_left is not None:
+        row_end = first_key - scoring.diagonal + scoring.window_left + 1
+        full_end = tl.minimum(full_end, row_end)
+        end = tl.minimum(end, row_end + BLOCK_N - 1)
+    full_end = full + tl.maximum(full_end - full, 0) // BLOCK_M * BLOCK_M
+    head_end = begin + tl.cdiv(tl.maximum(tl.minimum(full, end) - begin, 0), EDGE_M) * EDGE_M
+    return begin, head_end, full, full_end, end
+
+
+@triton.jit
+def visible(rows, columns, scoring, AXIS: tl.constexpr):
+    """Return which keys the queries see; keys lie along AXIS, `rows` and `columns` are 1D."""
+    across = tl.expand_dims(columns, 1 - AXIS)
+    seen = across < scoring.key_end
+    if scoring.window_right is not None:
+        ends = rows + (scoring.diagonal + scoring.window_right + 1)
+        seen = seen & (across < tl.expand_dims(ends, AXIS))
+    if scoring.window_left is not None:
+        starts = rows + (scoring.diagonal - scoring.window_left)
+        seen = seen & (across >= tl.expand_dims(starts, AXIS))
+    if scoring.padding is not None:
+        pads = tl.load(
+            scoring.padding + columns * scoring.stride_pad_s,
+            mask=columns < scoring.seqlen_k,
+            other=1,
+        )
+        seen = seen & tl.expand_dims(pads == 0, 1 - AXIS)
+    return seen
+
+
+@triton.jit
+def finished_logits(
+    products, row, column, scoring, AXIS: tl.constexpr, MASKED: tl.constexpr,
+    ROWS_EXIST: tl.constexpr, KEYS_EXIST: tl.constexpr,
+):  # fmt: skip
+    """Return the logits of a tile of products, the factor they lack, and the softcap's derivative.
+
+    The tile begins at query `row` and key `column`, keys lie along AXIS. Logits times the factor
+    are in the units of exp2. The derivative is that of the capped logits by the scaled products,
+    1.0 where there is no softcap. ROWS_EXIST and KEYS_EXIST promise that the tile lies inside of
+    the sequences.
+    """
+    local_rows = tl.arange(0, products.shape[1 - AXIS])  # (BLOCK_M,)
+    local_columns = tl.arange(0, products.shape[AXIS])  # (BLOCK_N,)
+    rows, columns = row + local_rows, column + local_columns
+    logits = products
+    factor = scoring.scale_log2
+    derivative = 1.0
+    if scoring.softcap is not None:
+        # tanh by an exponential that saturates at both ends.
+        grown = tl.exp2(products * (2.0 * scoring.scale_log2 / scoring.softcap))
+        bounded = 1.0 - 2.0 / (grown + 1.0)
+        derivative = 1.0 - bounded * bounded
+        logits = bounded * (scoring.softcap * LOG2E)
+        factor = 1.0
+    elif scoring.bias is not None or scoring.slope_log2 is not None:
+        logits = products * factor
+        factor = 1.0
+    if scoring.bias is not None:
+        base = tl.cast(row, tl.int64) * scoring.stride_bias_m
+        base += tl.cast(column, tl.int64) * scoring.stride_bias_n
+        row_offsets = tl.expand_dims(local_rows * scoring.stride_bias_m, AXIS)
+        key_offsets = tl.expand_dims(local_columns * scoring.stride_bias_n, 1 - AXIS)
+        bias_ptrs = scoring.bias + base + (row_offsets + key_offsets)
+        real_row = tl.expand_dims(rows < scoring.seqlen_q, AXIS)
+        real_key = tl.expand_dims(columns < scoring.seqlen_k, 1 - AXIS)
+        if ROWS_EXIST and KEYS_EXIST:
+            bias = tl.load(bias_ptrs)
+        elif KEYS_EXIST:
+            bias = tl.load(bias_ptrs, mask=real_row, other=0.0)
+        elif ROWS_EXIST:
+            bias = tl.load(bias_ptrs, mask=real_key, other=0.0)
+        else:
+            bias = tl.load(bias_ptrs, mask=real_row & real_key, other=0.0)
+        logits += bias.to(tl.float32) * LOG2E
+    if scoring.slope_log2 is not None:
+        places = tl.expand_dims(rows + scoring.diagonal, AXIS)
+        distance = tl.abs(places - tl.expand_dims(columns, 1 - AXIS)).to(tl.float32)
+        logits -= scoring.slope_log2 * distance
+    if MASKED:
+        logits = tl.where(visible(rows, columns, scoring, AXIS), logits, -float("inf"))
+    return logits, factor, derivative

@@ -1,0 +1,147 @@
+"""What acts on the logits in the Triton attention kernels, with its gradients."""
+
+import pytest
+import torch
+from attention_checks import Case, check_dense, check_packed
+from fuseformer.kernels import attention as kernels
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+
+# Single precision has tiles of 32: short sequences have edges, full blocks and skipped ones.
+CASES = [
+    # a bias in every shape of broadcasting, and its gradient
+    Case((2, 2), (113, 70), 16, FP32, bias="bhqk", batch=2),
+    Case((2, 1), (63, 65), 40, FP32, "top_left", bias="hqk", batch=2),
+    Case((2, 2), (40, 70), 16, FP32, bias="qk", batch=3),
+    Case((2, 1), (70, 40), 16, FP32, bias="bk", batch=2),
+    Case((2, 2), (65, 40), 16, FP32, "bottom_right", bias="hq", batch=2),
+    Case((2, 2), (17, 33), 16, FP32, bias="b", batch=2),
+    Case((4, 2), (130, 140), 64, BF16, bias="hqk", batch=2),
+    Case((1, 1), (63, 111), 80, FP16, "bottom_right", bias="bqk", key_lengths=(50, 0), batch=2),
+    Case((1, 1), (33, 40), 256, BF16, bias="qk"),
+    Case((2, 2), (40, 63), 16, BF16, "top_left", 0.3, padding=True, bias="hqk", batch=2),
+    # windows, on both diagonals, within causality and without it
+    Case((1, 1), (150, 150), 16, FP32, window=(10, 5)),
+    Case((2, 1), (150, 150), 16, FP32, "top_left", window=(40, -1)),
+    Case((1, 1), (70, 150), 16, FP32, "bottom_right", window=(70, 0)),
+    Case((1, 1), (150, 70), 16, FP32, "bottom_right", window=(0, 3), key_lengths=(60,)),
+    Case((1, 1), (65, 150), 16, FP32, window=(-1, 20)),
+    Case((1, 1), (113, 113), 16, FP32, window=(0, 0)),
+    Case((2, 1), (300, 290), 64, BF16, window=(150, 60)),
+    Case((1, 1), (257, 257), 32, FP16, "top_left", 0.2, window=(130, -1)),
+    Case((1, 1), (113, 113), 16, FP32, window=(30, 20), padding=True),
+    Case((1, 1), (40, 40), 16, FP32, window=(10**9, 10**9)),
+    # softcap, ALiBi, sinks
+    Case((1, 1), (113, 63), 40, FP32, softcap=5.0),
+    Case((1, 1), (63, 113), 64, BF16, "top_left", softcap=20.0, scale=2.0),
+    Case((3, 3), (113, 63), 40, FP32, "bottom_right", alibi=True),
+    Case((2, 1), (63, 113), 64, FP16, alibi=True),
+    Case((2, 2), (40, 70), 24, FP32, "bottom_right", sinks=True, batch=2),
+    Case((2, 1), (70, 40), 64, BF16, "bottom_right", sinks=True, key_lengths=(0, 40), batch=2),
+    # all together
+    Case(
+        (4, 2), (65, 97), 40, FP32, "bottom_right", 0.2, (97, 30), True, None, 2, "hqk",
+        (40, -1), 15.0, True, True,
+    ),
+    Case(
+        (2, 1), (97, 65), 72, BF16, "top_left", 0.1, (65, 30), False, -0.2, 2, "bk",
+        (33, -1), 15.0, True, True,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_options_match_the_oracle(case):
+    check_dense(kernels, case)
+
+
+@pytest.mark.parametrize(
+    ("causal", "options"),
+    [
+        ("bottom_right", {"window": (20, -1), "sinks": True}),
+        ("none", {"softcap": 10.0, "alibi": True}),
+        ("bottom_right", {"alibi": True, "window": (5, 5), "sinks": True, "softcap": 7.0}),
+    ],
+)
+def test_options_of_packed_sequences_match_the_oracle(causal, options):
+    sequences = ((63, 63), (0, 5), (17, 0), (70, 33))
+    check_packed(kernels, sequences, 16, FP32, causal, 0.0, 9, **options)
+
+
+def test_a_bias_may_forbid_keys_and_rows():
+    """Minus infinity in a bias is a mask: no NaN anywhere."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 1, 70, 16) for _ in range(4))
+    bias = torch.zeros(70, 70).masked_fill(torch.rand(70, 70) < 0.5, -torch.inf)
+    bias[3] = -torch.inf
+    bias[:, :32] = -torch.inf
+    masks = (bias, None, None, None, None)
+    options = (None, "none", -1, -1, 0.0, 0.25, 0.0)
+    out, lse = kernels.attention_forward(q, k, v, *masks, *options)
+    grads = kernels.attention_backward(dout, None, q, k, v, out, lse, *masks, *options, True)
+    assert not out[0, 0, 3].any()
+    assert lse[0, 0, 3] == -torch.inf
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double() for x in (q, k, v)), attn_mask=bias.double(), scale=0.25
+    )
+    rows = torch.arange(70) != 3
+    torch.testing.assert_close(out[:, :, rows].double(), exact[:, :, rows], rtol=0, atol=1e-5)
+    for grad in grads[:4]:
+        assert grad.isfinite().all()
+    assert not grads[0][0, 0, 3].any()
+    assert not grads[3][bias == -torch.inf].any()
+
+
+def test_a_bias_may_be_expanded_transposed_and_of_another_dtype():
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(2, 2, 33, 16) for _ in range(4))
+    plain = torch.randn(2, 1, 33, 33)
+    options = (None, "none", -1, -1, 0.0, 0.25, 0.0)
+    results = []
+    for bias in (plain, plain.mT.contiguous().mT, plain.double()):
+        masks = (bias, None, None, None, None)
+        out, lse = kernels.attention_forward(q, k, v, *masks, *options)
+        grads = kernels.attention_backward(dout, None, q, k, v, out, lse, *masks, *options, True)
+        assert grads[3].dtype == bias.dtype
+        results.append((out, grads[3].float()))
+    for out, dbias in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(dbias, results[0][1])
+    expanded = plain[:, :, :1].expand(2, 2, 33, 33)
+    masks = (expanded, None, None, None, None)
+    out, lse = kernels.attention_forward(q, k, v, *masks, *options)
+    *_, dbias, _ = kernels.attention_backward(dout, None, q, k, v, out, lse, *masks, *options, True)
+    assert dbias.shape == expanded.shape
+
+
+def test_every_result_repeats_to_the_last_bit():
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(2, 2, 40, 16).to(BF16) for _ in range(4))
+    masks = (torch.randn(2, 40, 40), None, None, torch.rand(2), torch.randn(2))
+    options = (torch.tensor(5), "top_left", 20, -1, 9.0, 0.25, 0.2)
+    runs = []
+    for _ in range(2):
+        out, lse = kernels.attention_forward(q, k, v, *masks, *options)
+        grads = kernels.attention_backward(dout, lse, q, k, v, out, lse, *masks, *options, True)
+        runs.append((out, lse, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_no_keys_at_all(sinks):
+    q, k = torch.ones(2, 2, 5, 16), torch.ones(2, 1, 0, 16)
+    sink = torch.tensor([1.0, -2.0]) if sinks else None
+    masks = (torch.zeros(5, 0), None, None, None, sink)
+    options = (None, "none", -1, -1, 0.0, 1.0, 0.0)
+    out, lse = kernels.attention_forward(q, k, k, *masks, *options)
+    dlse = torch.ones_like(lse)
+    grads = kernels.attention_backward(q, dlse, q, k, k, out, lse, *masks, *options, True)
+    assert not out.any()
+    expected = torch.full((2,), -torch.inf) if sink is None else sink
+    assert torch.equal(lse, expected[None, :, None].expand(2, 2, 5))
+    assert not grads[0].any()
+    assert grads[3].shape == (5, 0)
+    if sinks:
+        assert torch.equal(grads[4], torch.tensor([10.0, 10.0]))
