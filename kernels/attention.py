@@ -300,6 +300,7 @@ def kernel_specs(family: str) -> Iterator[KernelSpec]:
     cases += [(fp16, dim, "bottom_right", 0.1, "packed") for dim in (40, 80)]
     cases += [(bf16, dim, "none", 0.0, "bias") for dim in (16, 32, 64, 128, 256)]
     cases += [(bf16, dim, "top_left", 0.0, "window") for dim in (32, 64, 128, 256)]
+    cases += [(bf16, dim, "top_left", 0.0, "everything") for dim in (16, 32, 64, 128, 256)]
     cases += [(bf16, dim, "top_left", 0.1, "everything") for dim in (16, 32, 64, 128, 256)]
     cases += [(fp32, dim, "top_left", 0.1, "mask") for dim in (16, 32, 64, 128, 256)]
     cases += [(fp32, dim, "top_left", 0.1, "everything") for dim in (16, 64, 128, 256)]

@@ -192,7 +192,7 @@ def _launch_backward(
     dbias = None
     if bias_grad and options.bias is not None:
         inputs |= layout.strides(q=signed_q, k=k, v=v, do=dout)
-        dbias = bias_gradient(layout, options.bias, inputs)
+        dbias = bias_gradient(layout, options.bias, layout.demand(options), inputs)
     dsinks = None if options.sinks is None else _sink_gradient(options.sinks, lse_log2, delta)
     return (dq.neg_() if signed_q is not q else dq), dk, dv, dbias, dsinks
 

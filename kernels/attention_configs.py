@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 import torch
 
 #: What a call asks of the registers: "lean" calls fill their tiles, have a key head for each query
-#: head, no dropout and nothing that acts on their logits; "general" ones lack the last two.
-Demand = Literal["lean", "general", "dropout", "logits"]
+#: head, no dropout and nothing that acts on their logits; "general" ones lack the last two,
+#: "logits" ones the dropout.
+Demand = Literal["lean", "general", "dropout", "logits", "everything"]
 
 
 class Tiles(NamedTuple):
@@ -150,7 +151,7 @@ def _tiles(
     if dtype == torch.float32:
         return single[block_d]
     row = exceptions.get(family, {}).get(block_d) or table[block_d]
-    order: tuple[Demand, ...] = ("lean", "general", "dropout", "logits")
+    order: tuple[Demand, ...] = ("lean", "general", "dropout", "logits", "everything")
     for lower in reversed(order[: order.index(demand) + 1]):
         if lower in row:
             return row[lower]
@@ -172,6 +173,6 @@ def query_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, demand: 
     return _tiles(_QUERY_GRADIENT, _QUERY_EXCEPTIONS, _QUERY_SINGLE, family, block_d, dtype, demand)
 
 
-def bias_gradient_tiles(family: str, block_d: int, dtype: torch.dtype) -> Tiles:
-    """Return the config of the dbias pass, whose every call has a bias."""
-    return _tiles(_BIAS_GRADIENT, {}, _BIAS_SINGLE, family, block_d, dtype, "logits")
+def bias_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, demand: Demand) -> Tiles:
+    """Return the config of the dbias pass."""
+    return _tiles(_BIAS_GRADIENT, {}, _BIAS_SINGLE, family, block_d, dtype, demand)

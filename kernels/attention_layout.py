@@ -95,7 +95,7 @@ class Layout:
     def demand(self, options: Options) -> Demand:
         """Return which row of the configs a call reads."""
         if options.act_on_logits:
-            return "logits"
+            return "everything" if options.dropout_p else "logits"
         if options.dropout_p:
             return "dropout"
         return "lean" if self.group == 1 and self.head_dim == self.block_d else "general"

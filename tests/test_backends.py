@@ -26,7 +26,6 @@ def test_the_cpu_is_served_by_the_cpu_backend():
     [
         ({"dtype": torch.float64}, "float64"),
         ({"head_dim": 264}, "264"),
-        ({"options": frozenset({"bias", "softcap"})}, "bias, softcap"),
         ({"op": "gated_feed_forward", "head_dim": 0}, "no Triton kernel for gated_feed_forward"),
     ],
 )

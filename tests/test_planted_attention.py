@@ -23,21 +23,21 @@ def dense(case: Case) -> Callable[[ModuleType], None]:
 # file, correct text, planted text, the check that must fail
 BUGS = {
     "the causal mask hides the diagonal": (
-        "attention_tiles.py",
-        "rows + diagonal + 1)",
-        "rows + diagonal)",
+        "attention_logits.py",
+        "ends = rows + (scoring.diagonal + scoring.window_right + 1)",
+        "ends = rows + (scoring.diagonal + scoring.window_right)",
         dense(SMALL),
     ),
     "the causal mask lets one future key in": (
-        "attention_tiles.py",
-        "visible = tl.expand_dims(columns, 1 - AXIS) < ",
-        "visible = tl.expand_dims(columns, 1 - AXIS) <= ",
+        "attention_logits.py",
+        "(across < tl.expand_dims(ends, AXIS))",
+        "(across <= tl.expand_dims(ends, AXIS))",
         dense(SMALL),
     ),
     "the block on the diagonal counts as full": (
-        "attention_tiles.py",
-        "tl.maximum(tl.minimum(key_end, row + diagonal + 1), 0)",
-        "tl.maximum(tl.minimum(key_end, row + diagonal + BLOCK_N), 0)",
+        "attention_logits.py",
+        "full_end = tl.minimum(full_end, row + scoring.diagonal + scoring.window_right + 1)",
+        "full_end = tl.minimum(full_end, row + scoring.diagonal + BLOCK_N)",
         dense(Case((1, 1), (128, 128), 64, FP16, "top_left")),
     ),
     "the accumulator is not rescaled": (
@@ -78,8 +78,10 @@ BUGS = {
     ),
     "the last rows never reach dk": (
         "attention_gradients.py",
-        "tail_count = tl.cdiv(tl.maximum(row_end - full_end, 0), EDGE_M)",
-        "tail_count = tl.maximum(row_end - full_end, 0) // EDGE_M",
+        "    if MASKED:\n        gap = tail - head_end\n"
+        "        end = head_end + tl.maximum(end - tail, 0)",
+        "    if MASKED:\n        gap = tail - head_end\n"
+        "        end = head_end + tl.maximum(end - tail, 0) // BLOCK_M * BLOCK_M",
         dense(Case((1, 1), (17, 17), 16, FP16)),
     ),
     "the tail of the keys is read": (

@@ -64,10 +64,10 @@ def gradients(
     return torch.autograd.grad(loss, inputs)
 
 
-def compare(actual: Sequence[Tensor | None], oracle, inputs: Sequence[Any], dout, dlse) -> None:
-    """Judge (out, lse, *gradients) by `oracle` of `inputs`, in float64 and in their dtype.
+def expectations(oracle, inputs: Sequence[Any], dout, dlse) -> tuple[list[str], list[Any]]:
+    """Return the names of the results, and (out, lse, *gradients) in float64 and in their dtype.
 
-    `actual` holds None where there is no such gradient, `inputs` where there is no such input.
+    `inputs` holds None where there is no such input, and then there is no such gradient.
     """
     expected = []
     given = [x for x in inputs if x is not None]
@@ -77,10 +77,20 @@ def compare(actual: Sequence[Tensor | None], oracle, inputs: Sequence[Any], dout
         out, lse = oracle(*(None if x is None else next(left) for x in inputs))
         expected.append((out.detach(), lse.detach(), *gradients(out, lse, dout, dlse, leaves)))
     names = [n for n, x in zip(RESULTS, (..., ..., *inputs), strict=False) if x is not None]
-    actual = [x for x in actual if x is not None]
-    for name, result, exact, low in zip(names, actual, *expected, strict=True):
+    return names, list(zip(*expected, strict=True))
+
+
+def judge(names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Any]) -> None:
+    """Hold results against what `expectations` found for them."""
+    for name, result, (exact, low) in zip(names, actual, expected, strict=True):
         factor = 2.0 if name in ("out", "lse") else 3.0
         assert_close_to_reference(result, exact, low, factor=factor, name=name)
+
+
+def compare(actual: Sequence[Tensor | None], oracle, inputs: Sequence[Any], dout, dlse) -> None:
+    """Judge (out, lse, *gradients); `actual` holds None where there is no such gradient."""
+    names, expected = expectations(oracle, inputs, dout, dlse)
+    judge(names, [x for x in actual if x is not None], expected)
 
 
 def check_dense(kernels: ModuleType, case: Case) -> None:
@@ -114,27 +124,6 @@ def check_dense(kernels: ModuleType, case: Case) -> None:
         sinks = draw(heads)
     masks = (bias, padding, lengths, slopes, sinks)
     options = (seed, case.causal, *case.window, case.softcap, scale, case.dropout_p)
-    out, lse = kernels.attention_forward(q, k, v, *masks, *options)
-    grads = kernels.attention_backward(
-        dout, dlse, q, k, v, out, lse, *masks, *options, bias is not None
-    )
-    dq, dk, dv, *_ = grads
-    assert out.stride() == q.stride()
-    _, plain_lse = reference.attention(
-        *(x.float() for x in (q, k, v)),
-        causal=case.causal,
-        key_padding_mask=padding,
-        key_lengths=lengths,
-        window=case.window,
-    )
-    empty = plain_lse == -torch.inf
-    assert not out[empty].any(), "rows without keys must give 0"
-    assert not dq[empty].any(), "rows without keys must have gradient 0"
-    hidden = torch.zeros(case.batch, sk, dtype=torch.bool) if padding is None else padding
-    if lengths is not None:
-        hidden = hidden | (torch.arange(sk) >= lengths[:, None])
-    for name, grad in (("dk", dk), ("dv", dv)):
-        assert not grad.transpose(1, 2)[hidden].any(), f"{name} of padded keys must be 0"
 
     def oracle(q, k, v, bias, sinks) -> tuple[Tensor, Tensor]:
         return reference.attention(
@@ -154,7 +143,31 @@ def check_dense(kernels: ModuleType, case: Case) -> None:
             seed=seed,
         )
 
-    compare((out, lse, *grads), oracle, (q, k, v, bias, sinks), dout, dlse)
+    names, expected = expectations(oracle, (q, k, v, bias, sinks), dout, dlse)
+    out, lse = kernels.attention_forward(q, k, v, *masks, *options)
+    assert out.stride() == q.stride()
+    # Judged before backward runs: a bug in it shows without the other kernels.
+    judge(names[:2], (out, lse), expected[:2])
+    grads = kernels.attention_backward(
+        dout, dlse, q, k, v, out, lse, *masks, *options, bias is not None
+    )
+    judge(names[2:], [x for x in grads if x is not None], expected[2:])
+    dq, dk, dv, *_ = grads
+    _, plain_lse = reference.attention(
+        *(x.float() for x in (q, k, v)),
+        causal=case.causal,
+        key_padding_mask=padding,
+        key_lengths=lengths,
+        window=case.window,
+    )
+    empty = plain_lse == -torch.inf
+    assert not out[empty].any(), "rows without keys must give 0"
+    assert not dq[empty].any(), "rows without keys must have gradient 0"
+    hidden = torch.zeros(case.batch, sk, dtype=torch.bool) if padding is None else padding
+    if lengths is not None:
+        hidden = hidden | (torch.arange(sk) >= lengths[:, None])
+    for name, grad in (("dk", dk), ("dv", dv)):
+        assert not grad.transpose(1, 2)[hidden].any(), f"{name} of padded keys must be 0"
 
 
 def check_packed(

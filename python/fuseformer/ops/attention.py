@@ -259,6 +259,11 @@ def check_extras(q: Tensor, heads: int, alibi_slopes: Any, sinks: Any) -> None:
         checks.tensor("alibi_slopes", alibi_slopes, 1)
         checks.device("alibi_slopes", alibi_slopes, q)
         checks.shape("alibi_slopes", alibi_slopes, (heads,), "(heads,)")
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "alibi_slopes: got a tensor that requires a gradient, expected constants; a "
+                "learnable table goes into bias"
+            )
     if sinks is not None:
         checks.tensor("sinks", sinks, 1)
         checks.device("sinks", sinks, q)
