@@ -1,0 +1,399 @@
+"""Attention of a few new queries over a cache in Triton: keys split over programs, then merged.
+
+Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Kwon et al., "Efficient
+Memory Management for Large Language Model Serving with PagedAttention", 2023.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_layout import Layout
+from .attention_logits import LN2, LOG2E
+from .attention_tiles import aligned
+from .common import KernelSpec, dot_precision, launch, recorded_launches
+from .decode_configs import choose_splits, decode_tiles, merge_tiles
+
+__all__ = ["decode_attention", "kernel_specs"]
+
+# ------------------------------------------------------------------------------------------------
+# Constants
+# ------------------------------------------------------------------------------------------------
+
+#: Integers that change from call to call: specialising on them would only add compilations. Strides
+#: are among them since that of a head, say, is the capacity times the head dim.
+_STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "qkvo" for dim in "bhs")
+_SIZES = ("heads", "seqlen_q", "capacity", "pages", "splits", "window_left")
+RUNTIME_SIZES = (*_STRIDES, *_SIZES, "stride_tb", "stride_ts")
+
+
+# ------------------------------------------------------------------------------------------------
+# Device helpers
+# ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def split_ranges(
+    lengths_ptr, batch, seqlen_q, capacity, splits, window_left, BLOCK_N: tl.constexpr
+):
+    """Return how a sequence is split: its length, the first key that it sees, a split's keys.
+
+    The splits share the blocks of this sequence, not those that the cache has room for; the last
+    ones may come away empty.
+    """
+    length = tl.load(lengths_ptr + batch)
+    length = tl.maximum(tl.minimum(length, capacity), 0).to(tl.int32)
+    begin = tl.full((), 0, tl.int32)
+    if window_left is not None:
+        begin = tl.maximum(length - seqlen_q - window_left, 0) // BLOCK_N * BLOCK_N
+    blocks = tl.cdiv(length - begin, BLOCK_N)
+    return length, begin, tl.cdiv(blocks, splits) * BLOCK_N
+
+
+@triton.jit
+def place_keys(
+    table_ptr, batch, stride_tb, stride_ts, pages, start, end,
+    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return where the keys from `start` on lie: batch entry or page, and row there.
+
+    The first of them is a scalar where the keys share it. Without a table the batch entry is the
+    sequence's own; a page that does not exist becomes one that does, as nothing checks the table.
+    """
+    keys = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    entry = batch
+    slots = keys
+    if table_ptr is not None:
+        table_ptr += batch.to(tl.int64) * stride_tb
+        if PAGE_SIZE % BLOCK_N == 0:
+            entry = tl.load(table_ptr + start // PAGE_SIZE * stride_ts)
+            slots = start % PAGE_SIZE + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+        else:
+            entry = tl.load(table_ptr + keys // PAGE_SIZE * stride_ts, mask=keys < end, other=0)
+            slots = keys % PAGE_SIZE  # (BLOCK_N,)
+        entry = tl.maximum(tl.minimum(entry, pages - 1), 0)
+    return entry, slots
+
+
+@triton.jit
+def load_rows(head_ptr, entry, slots, stride_b, stride_s, real, HEAD_DIM, BLOCK_D: tl.constexpr):
+    """Load rows of a cache's head, by 64-bit offsets; 0 where not `real` and past HEAD_DIM."""
+    offsets = entry.to(tl.int64) * stride_b + slots.to(tl.int64) * stride_s  # (BLOCK_N,)
+    columns = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+    ptrs = head_ptr + offsets[:, None] + columns[None, :]  # (BLOCK_N, BLOCK_D)
+    mask = real[:, None]
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0)  # (BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def fold(row_max, row_sum, logits):
+    """Return a running maximum and sum (R,) after `logits` (R, C), their weights, and the rescale.
+
+    All are in the units of exp2. While nothing was seen any finite shift will do, as weights must
+    be 0 and not NaN.
+    """
+    row_top = tl.maximum(row_max, tl.max(logits, 1))  # (R,)
+    shift = tl.where(row_top == -float("inf"), 0.0, row_top)  # (R,)
+    weights = tl.exp2(logits - shift[:, None])  # (R, C)
+    rescale = tl.exp2(row_max - shift)  # (R,)
+    return row_top, row_sum * rescale + tl.sum(weights, 1), weights, rescale
+
+
+@triton.jit
+def finish(row_max, row_sum, sinks):
+    """Return the factor of the accumulator (R,) and the lse in the units of exp2.
+
+    `sinks` (R,) are logits in the same units that join the sum alone, or None.
+    """
+    rescale = 1.0
+    if sinks is not None:
+        row_max, row_sum, _, rescale = fold(row_max, row_sum, sinks[:, None])
+    empty = row_sum == 0  # (R,)
+    row_sum = tl.where(empty, 1.0, row_sum)
+    return rescale / row_sum, tl.where(empty, -float("inf"), row_max + tl.log2(row_sum))
+
+
+# ------------------------------------------------------------------------------------------------
+# Kernels
+# ------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def decode_attention_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qs,
+    k_ptr, stride_kb, stride_kh, stride_ks,
+    v_ptr, stride_vb, stride_vh, stride_vs,
+    out_ptr, stride_ob, stride_oh, stride_os, lse_ptr,
+    partial_ptr, partial_lse_ptr,
+    lengths_ptr, table_ptr, stride_tb, stride_ts, slopes_ptr, sinks_ptr,
+    heads, seqlen_q, capacity, pages, splits, window_left, sm_scale, softcap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Compute one split of the keys for the rows that share a key head: heads times queries.
+
+    A single split writes the output and its lse. Several write partial ones, (B, H, Sq, splits, D)
+    and (B, H, Sq, splits) in float32 and the units of exp2, each a softmax of its own.
+    Grid: (row blocks * splits * key heads * batch,), those that share keys side by side.
+    """
+    rows = GROUP * seqlen_q
+    blocks = tl.cdiv(rows, BLOCK_M)
+    pid = tl.program_id(0)
+    split = pid // blocks % splits
+    group = pid // blocks // splits
+    batch = group // (heads // GROUP)
+    kv_head = group % (heads // GROUP)
+    length, first, step = split_ranges(
+        lengths_ptr, batch, seqlen_q, capacity, splits, window_left, BLOCK_N
+    )
+    begin = first + split * step
+    end = tl.minimum(begin + step, length)
+    if begin >= end and splits > 1:
+        return  # the merge does not look for it
+
+    row = pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    real = row < rows  # (BLOCK_M,)
+    head = kv_head * GROUP + row // seqlen_q  # (BLOCK_M,)
+    query = row % seqlen_q  # (BLOCK_M,)
+    place = length - seqlen_q + query  # (BLOCK_M,) the last key that a row sees
+    columns = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+    q_ptr += batch.to(tl.int64) * aligned(stride_qb, ALIGN)
+    q_head = q_ptr + head.to(tl.int64) * aligned(stride_qh, ALIGN)  # (BLOCK_M,)
+    q_ptrs = (q_head + query * aligned(stride_qs, ALIGN))[:, None] + columns[None, :]
+    inside = real[:, None] & (columns < HEAD_DIM)[None, :]  # (BLOCK_M, BLOCK_D)
+    q = tl.load(q_ptrs, mask=inside, other=0.0)  # (BLOCK_M, BLOCK_D)
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + head, mask=real, other=0.0) * LOG2E  # (BLOCK_M,)
+
+    k_head = k_ptr + kv_head.to(tl.int64) * aligned(stride_kh, ALIGN)
+    v_head = v_ptr + kv_head.to(tl.int64) * aligned(stride_vh, ALIGN)
+    stride_kb, stride_ks = aligned(stride_kb, ALIGN), aligned(stride_ks, ALIGN)
+    stride_vb, stride_vs = aligned(stride_vb, ALIGN), aligned(stride_vs, ALIGN)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+        entry, slots = place_keys(
+            table_ptr, batch, stride_tb, stride_ts, pages, start, end, PAGE_SIZE, BLOCK_N
+        )
+        k = load_rows(k_head, entry, slots, stride_kb, stride_ks, keys < end, HEAD_DIM, BLOCK_D)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        if softcap is not None:
+            # tanh by an exponential that saturates at both ends.
+            grown = tl.exp2(logits * (2.0 * LOG2E * sm_scale / softcap))
+            logits = (1.0 - 2.0 / (grown + 1.0)) * (softcap * LOG2E)
+        else:
+            logits *= sm_scale * LOG2E
+        distance = place[:, None] - keys[None, :]  # (BLOCK_M, BLOCK_N), negative: the future
+        if slopes_ptr is not None:
+            logits -= slopes[:, None] * tl.abs(distance).to(tl.float32)
+        seen = distance >= 0
+        if window_left is not None:
+            seen = seen & (distance <= window_left)
+        logits = tl.where(seen, logits, -float("inf"))
+        row_max, row_sum, weights, rescale = fold(row_max, row_sum, logits)
+        v = load_rows(v_head, entry, slots, stride_vb, stride_vs, keys < end, HEAD_DIM, BLOCK_D)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+
+    result = group.to(tl.int64) * rows + row  # (BLOCK_M,) of (B, H, Sq)
+    if splits > 1:
+        factor, lse = finish(row_max, row_sum, None)
+        result = result * splits + split
+        tl.store(partial_lse_ptr + result, lse, mask=real)
+        ptrs = partial_ptr + (result * HEAD_DIM)[:, None] + columns[None, :]
+        tl.store(ptrs, acc * factor[:, None], mask=inside)
+    else:
+        sinks = None
+        if sinks_ptr is not None:
+            sinks = tl.load(sinks_ptr + head, mask=real, other=0.0) * LOG2E  # (BLOCK_M,)
+        factor, lse = finish(row_max, row_sum, sinks)
+        tl.store(lse_ptr + result, lse * LN2, mask=real)
+        out_ptr += batch.to(tl.int64) * aligned(stride_ob, ALIGN)
+        out_head = out_ptr + head.to(tl.int64) * aligned(stride_oh, ALIGN)  # (BLOCK_M,)
+        out_ptrs = (out_head + query * aligned(stride_os, ALIGN))[:, None] + columns[None, :]
+        tl.store(out_ptrs, (acc * factor[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def decode_merge_kernel(
+    partial_ptr, partial_lse_ptr, out_ptr, stride_ob, stride_oh, stride_os, lse_ptr,
+    lengths_ptr, sinks_ptr, heads, seqlen_q, capacity, splits, window_left,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """Merge the partial results of one row by their lse, STEP at a time and always in one order.
+
+    Grid: (batch * heads * queries,). BLOCK_N is that of `decode_attention_kernel`.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // seqlen_q // heads
+    head = row // seqlen_q % heads
+    length, first, step = split_ranges(
+        lengths_ptr, batch, seqlen_q, capacity, splits, window_left, BLOCK_N
+    )
+    live = tl.cdiv(length - first, tl.maximum(step, 1))
+    columns = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    row_sum = tl.zeros((1,), tl.float32)
+    row_max = tl.full((1,), -float("inf"), tl.float32)
+    for start in range(0, live, STEP):
+        split = start + tl.arange(0, STEP)  # (STEP,)
+        lse_ptrs = partial_lse_ptr + (row * splits + split)
+        lse = tl.load(lse_ptrs, mask=split < live, other=-float("inf"))  # (STEP,)
+        row_max, row_sum, weights, rescale = fold(row_max, row_sum, lse[None, :])
+        ptrs = partial_ptr + ((row * splits + split) * HEAD_DIM)[:, None] + columns[None, :]
+        mask = (split < live)[:, None] & (columns < HEAD_DIM)[None, :]
+        partial = tl.load(ptrs, mask=mask, other=0.0)  # (STEP, BLOCK_D)
+        acc = acc * rescale + tl.sum(tl.trans(weights) * partial, 0)
+    sinks = None
+    if sinks_ptr is not None:
+        sinks = tl.load(sinks_ptr + head + tl.zeros((1,), tl.int32)) * LOG2E  # (1,)
+    factor, lse = finish(row_max, row_sum, sinks)
+    tl.store(lse_ptr + row + tl.zeros((1,), tl.int32), lse * LN2)
+    out_ptr += batch * aligned(stride_ob, ALIGN) + head * aligned(stride_oh, ALIGN)
+    out_ptr += row % seqlen_q * aligned(stride_os, ALIGN)
+    tl.store(
+        out_ptr + columns, (acc * factor).to(out_ptr.dtype.element_ty), mask=columns < HEAD_DIM
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Launchers
+# ------------------------------------------------------------------------------------------------
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    window_left: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the output, like `q` (B, H, Sq, D), and lse (B, H, Sq) in float32.
+
+    The caches are (B, Hkv, capacity, D), or (pages, Hkv, page_size, D) with a `block_table`
+    (B, max_pages). The last query is aligned with the last of `cache_lengths` (B,) keys; query i
+    sees no later key than its own and, with `window_left` >= 0, none further back than that.
+    """
+    layout = Layout.dense(q, k_cache)
+    pages, kv_heads, page_size, _ = k_cache.shape
+    capacity = page_size
+    if block_table is not None:
+        capacity *= block_table.shape[1] if pages else 0
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    rows = layout.group * layout.seqlen_q
+    tiles = decode_tiles(layout.family, layout.block_d, layout.dtype, rows, block_table is not None)
+    programs = triton.cdiv(rows, tiles.block_m) * kv_heads * layout.batch
+    visible = capacity if window_left < 0 else min(capacity, window_left + layout.seqlen_q)
+    splits = choose_splits(programs, visible, tiles.block_n, layout.family)
+    partial_lse = lse.new_empty(*lse.shape, splits) if splits > 1 else lse
+    partial = lse.new_empty(*partial_lse.shape, layout.head_dim) if splits > 1 else lse
+
+    shared: dict[str, Any] = {
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "partial_ptr": partial,
+        "partial_lse_ptr": partial_lse,
+        "lengths_ptr": cache_lengths.contiguous(),
+        "sinks_ptr": None if sinks is None else sinks.float().contiguous(),
+        "heads": layout.heads,
+        "seqlen_q": layout.seqlen_q,
+        "capacity": capacity,
+        "splits": splits,
+        "window_left": None if window_left < 0 else min(window_left, 2**30),
+        "HEAD_DIM": layout.head_dim,
+        "BLOCK_D": layout.block_d,
+        "BLOCK_N": tiles.block_n,
+    }
+    arguments = {
+        **shared,
+        **layout.strides(q=q, k=k_cache, v=v_cache, o=out),
+        "q_ptr": q,
+        "k_ptr": k_cache,
+        "v_ptr": v_cache,
+        "table_ptr": block_table,
+        "stride_tb": 0 if block_table is None else block_table.stride(0),
+        "stride_ts": 0 if block_table is None else block_table.stride(1),
+        "slopes_ptr": None if alibi_slopes is None else alibi_slopes.float().contiguous(),
+        "pages": pages,
+        "sm_scale": scale,
+        "softcap": softcap or None,
+        "GROUP": layout.group,
+        "PAGE_SIZE": page_size if block_table is not None else 0,
+        "PRECISION": dot_precision(layout.dtype),
+        "BLOCK_M": tiles.block_m,
+    }
+    launch(
+        decode_attention_kernel,
+        (programs * splits,),
+        arguments,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    if splits > 1:
+        merge = merge_tiles()
+        launch(
+            decode_merge_kernel,
+            (lse.numel(),),
+            {**shared, **layout.strides(o=out), "STEP": merge.block_n},
+            num_warps=merge.warps,
+            num_stages=merge.stages,
+        )
+    return out, lse
+
+
+# ------------------------------------------------------------------------------------------------
+# Specs
+# ------------------------------------------------------------------------------------------------
+
+
+def kernel_specs(family: str) -> Iterator[KernelSpec]:
+    """Yield the launches of representative calls with the configs of an architecture family.
+
+    Every head dim class with one row and with as many as a tile takes, pages, masks and what acts
+    on the logits spread over them.
+    """
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    cases = [(bf16, dim, 4, 1, 0, False) for dim in (16, 32, 64, 128, 256)]
+    cases += [(fp16, dim, 8, 8, 16, True) for dim in (16, 24, 40, 80, 200)]
+    cases += [(bf16, dim, 8, 8, 256, True) for dim in (32, 64, 128, 256)]
+    cases += [(bf16, dim, 8, 4, 16, False) for dim in (64, 128, 256)]
+    cases += [(fp32, dim, 4, 2, 16, True) for dim in (16, 32, 64, 128, 256)]
+    for dtype, dim, group, seqlen_q, page_size, options in cases:
+
+        def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        with recorded_launches(family) as specs:
+            cache, table = meta(8, 2, 4096, dim), None
+            if page_size:
+                cache, table = meta(99, 2, page_size, dim), meta(8, 64, dtype=torch.int32)
+            per_head = meta(2 * group, dtype=torch.float32) if options else None
+            decode_attention(
+                meta(8, 2 * group, seqlen_q, dim),
+                cache,
+                cache,
+                meta(8, dtype=torch.int32),
+                table,
+                per_head,
+                per_head,
+                1000 if options else -1,
+                30.0 if options else 0.0,
+                0.125,
+            )
+        yield from specs

@@ -1,0 +1,131 @@
+"""The decode kernels, executed on the CPU, on awkward shapes against the oracle."""
+
+import pytest
+import torch
+from decode_checks import LENGTHS, Case, arguments, check_decode
+from fuseformer.kernels import decode as kernels
+from fuseformer.kernels import decode_configs as configs
+from fuseformer.kernels.common import recorded_launches
+
+pytest.importorskip("ttsem")
+pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+SOME = (0, 63, 257)
+CASES = [
+    # queries, groups, head dims and dtypes; 272 keys make several splits
+    Case((6, 2), 1, 64, BF16),
+    Case((6, 2), 3, 40, FP16),
+    Case((5, 1), 8, 64, BF16, SOME),
+    Case((5, 1), 2, 128, FP16, SOME),
+    Case((6, 2), 4, 40, FP32, SOME),
+    Case((5, 1), 1, 128, FP32, (113,), capacity=144),
+    Case((4, 4), 5, 24, BF16, (1, 113), capacity=200),
+    Case((2, 1), 1, 256, BF16, (63, 113), capacity=128),
+    # more rows than a tile takes
+    Case((20, 1), 7, 40, BF16, (113,), capacity=200),
+    Case((6, 1), 8, 16, FP32, (113, 40), capacity=128),
+    # pages smaller than a block, as large, larger, and of no power of two
+    Case((6, 2), 1, 64, BF16, page_size=16),
+    Case((6, 2), 2, 64, FP16, SOME, 64, 320),
+    Case((5, 1), 3, 40, BF16, SOME, 128, 384),
+    Case((6, 2), 1, 128, FP16, SOME, 48, 288),
+    Case((5, 1), 4, 64, FP32, (113,), 32, 160),
+    Case((2, 2), 1, 16, FP32, SOME, 7, 273),
+    # one split: a cache too small for more
+    Case((6, 2), 3, 40, BF16, (0, 1, 63, 113), capacity=113),
+    Case((5, 1), 1, 64, FP16, (0, 2, 63), 16, 64),
+    # what acts on the logits, alone and together
+    Case((6, 2), 3, 64, BF16, SOME, window_left=20),
+    Case((2, 2), 2, 16, FP32, window_left=0),
+    Case((2, 1), 2, 40, FP32, SOME, window_left=100),
+    Case((5, 1), 4, 64, FP16, SOME, 16, window_left=150),
+    Case((2, 2), 1, 16, FP32, SOME, window_left=10**10),
+    Case((2, 1), 2, 16, FP32, SOME, softcap=3.0),
+    Case((6, 2), 3, 64, BF16, SOME, softcap=10.0, scale=1.5),
+    Case((2, 1), 2, 40, FP32, SOME, alibi=True),
+    Case((4, 2), 3, 16, FP32, sinks=True),
+    Case((6, 2), 3, 40, BF16, (0, 2, 40), capacity=64, sinks=True),
+    Case((2, 1), 2, 16, FP32, SOME, scale=-0.3),
+    Case((4, 2), 5, 24, FP32, SOME, 16, 272, 120, 4.0, True, True, -0.4),
+    Case((6, 2), 5, 64, BF16, LENGTHS, 48, 288, 70, 20.0, True, True),
+    Case((5, 1), 8, 128, FP16, (63, 257), 0, 272, 200, 20.0, True, True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decode_matches_the_oracle_and_repeats_to_the_last_bit(case):
+    check_decode(kernels, case)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_several_splits_give_what_one_gives(page_size, monkeypatch):
+    call = arguments(Case((2, 2), 2, 16, FP32, (0, 63, 257), page_size, sinks=True))
+    found = {}
+    for programs in (1, 12, 18, 10**6):
+        monkeypatch.setitem(configs.PROGRAMS, "sm_80", programs)
+        found[configs.choose_splits(6, 272, 32, "sm_80")] = kernels.decode_attention(**call)
+    assert sorted(found) == [1, 2, 3, 4]
+    for splits in (2, 3, 4):
+        for a, b in zip(found[splits], found[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_splits_are_chosen_by_shapes():
+    choose = configs.choose_splits
+    assert choose(1, 100, 64, "sm_80") == 1  # too few keys
+    assert choose(300, 100_000, 64, "sm_80") == 1  # enough programs without
+    assert choose(32, 100_000, 64, "sm_80") == 6
+    assert choose(1, 10**7, 64, "sm_80") == configs.MOST_SPLITS
+
+
+def test_bad_lengths_and_pages_stay_within_the_cache():
+    """The sanitizer fails any access outside of the tensors."""
+    call = arguments(Case((2, 1), 2, 16, FP32, (272, 272), 16))
+    table = call["block_table"].clone()
+    table[0, 3], table[1, 5] = 1000, -7
+    nearest = table.clamp(0, len(call["k_cache"]) - 1)
+    for name in ("k_cache", "v_cache"):
+        call[name] = call[name].nan_to_num(0.5)
+    results = []
+    for lengths, pages in (((300, -4), table), ((272, 0), nearest)):
+        for dtype in (torch.int32, torch.int64):
+            changed = {"cache_lengths": torch.tensor(lengths, dtype=dtype), "block_table": pages}
+            results.append(kernels.decode_attention(**(call | changed))[0])
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(("batch", "queries", "capacity"), [(0, 1, 16), (2, 0, 16), (2, 1, 0)])
+@pytest.mark.parametrize("pages", [False, True])
+def test_empty_batches_queries_and_caches(batch, queries, capacity, pages):
+    cache = torch.zeros(0 if pages else batch, 2, 16 if pages else capacity, 16)
+    table = torch.zeros(batch, 1, dtype=torch.int32) if pages else None
+    q = torch.ones(batch, 4, queries, 16)
+    lengths = torch.full((batch,), 5, dtype=torch.int32)
+    if not pages and capacity:
+        lengths *= 0
+    sinks = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    out, lse = kernels.decode_attention(q, cache, cache, lengths, table, None, sinks, -1, 0.0, 1.0)
+    assert not out.any()
+    assert torch.equal(lse, sinks[:, None].expand(batch, 4, queries))
+
+
+def test_new_lengths_batches_and_capacities_compile_nothing():
+    """Of each kernel, contiguous and paged, there is one specialisation for all of them."""
+    seen = set()
+    with recorded_launches("sm_80") as specs:
+        for page_size in (0, 16):
+            for batch, queries, capacity in (
+                (1, 1, 16), (2, 1, 272), (3, 2, 400), (300, 1, 304), (16, 1, 1040), (7, 2, 112),
+            ):  # fmt: skip
+                lengths = (capacity // 2,) * batch
+                case = Case((6, 2), queries, 40, BF16, lengths, page_size, capacity, capacity)
+                kernels.decode_attention(**arguments(case))
+    for spec in specs:
+        source = spec.source()
+        seen.add((source.name, *map(repr, (source.signature, source.constants, source.attrs))))
+    assert sorted(name for name, *_ in seen) == [
+        *["decode_attention_kernel"] * 2,
+        "decode_merge_kernel",
+    ]
