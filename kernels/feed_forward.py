@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .activations import activate
 from .common import KernelSpec, dropout_keep, launch, recorded_launches
-from .feed_forward_resident import MAX_WIDTH, enough_tokens, resident_backward, resident_forward
+from .feed_forward_resident import enough_tokens, resident_backward, resident_forward
+from .feed_forward_tiles import MAX_WIDTH, dropout_arguments
 
 # ------------------------------------------------------------------------------------------------
 # Configs
@@ -115,16 +116,6 @@ def activation_gradient_kernel(
 # ------------------------------------------------------------------------------------------------
 
 
-def _dropout_arguments(seed: Tensor | None, dropout_p: float) -> dict[str, object]:
-    """Return the arguments by which every kernel of the family takes its dropout."""
-    threshold = round(dropout_p * 65536)
-    return {
-        "seed_ptr": seed if threshold else None,
-        "threshold": threshold,
-        "dropout_scale": 0.0 if threshold == 65536 else 65536 / (65536 - threshold),
-    }
-
-
 def _launch_elementwise(
     kernel: triton.JITFunction, pre: Tensor, blocks: int, arguments: dict[str, object]
 ) -> None:
@@ -212,7 +203,7 @@ def feed_forward_forward(
     no, the second result is empty (0,); for ReLU without dropout it is clamped at 0.
     """
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
-    dropout = _dropout_arguments(seed, dropout_p)
+    dropout = dropout_arguments(seed, dropout_p)
     saved = saves_pre(x.shape[1], w2.shape[0], x.dtype)
     if not saved and enough_tokens(x, w2.shape[0]):
         b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
@@ -238,7 +229,7 @@ def feed_forward_backward(
     `dy` is (T, out), `pre` the second result of forward, the rest is forward's.
     """
     dy, x, w1, w2 = dy.contiguous(), x.contiguous(), w1.contiguous(), w2.contiguous()
-    dropout = _dropout_arguments(seed, dropout_p)
+    dropout = dropout_arguments(seed, dropout_p)
     saved = saves_pre(x.shape[1], w2.shape[0], x.dtype)
     if not saved and enough_tokens(x, w2.shape[0]):
         b1 = None if b1 is None else b1.contiguous()

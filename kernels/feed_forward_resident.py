@@ -12,13 +12,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .common import device_family, dropout_keep, launch
+from .common import dropout_keep
+from .feed_forward_tiles import (
+    Config,
+    chosen,
+    launch_resident,
+    load_block,
+    load_tokens,
+    store_block,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Configs
 # ------------------------------------------------------------------------------------------------
-
-MAX_WIDTH = 256
 
 # Under this many programs most of a large GPU idles while each walks the whole hidden dimension.
 _MIN_PROGRAMS = 64
@@ -26,88 +32,52 @@ _MIN_PROGRAMS = 64
 # Hidden gradients and activations that backward materialises at once.
 _CHUNK_BYTES = 1 << 28
 
-_Config = tuple[int, int, int, int]
-
-# (BLOCK_M, BLOCK_H, warps, stages) by the padded width; all compile without spills.
-_FORWARD_CONFIGS: dict[int, _Config] = {
+# By the padded width; all compile without spills. On sm_80 the tile of tokens is as large as the
+# registers of four warps hold beside the output (128 of them a thread): eight warps, which share
+# blocks of weights among narrower tiles, would compute a hidden tile of 32 columns twice.
+_FORWARD_CONFIGS: dict[int, Config] = {
     32: (128, 64, 4, 3),
     64: (64, 64, 4, 3),
-    128: (128, 64, 8, 2),
-    256: (128, 32, 8, 2),
+    128: (128, 32, 4, 2),
+    256: (64, 32, 4, 2),
 }
-_BACKWARD_CONFIGS: dict[int, _Config] = {
+_BACKWARD_CONFIGS: dict[int, Config] = {
     32: (64, 64, 4, 2),
     64: (64, 32, 4, 2),
-    128: (64, 64, 8, 2),
-    256: (64, 32, 8, 2),
+    128: (64, 64, 4, 2),
+    256: (64, 32, 4, 2),
 }
 
-# What differs from the tables above in a family.
-_FORWARD_EXCEPTIONS: dict[str, dict[int, _Config]] = {"sm_86": {256: (64, 32, 8, 2)}}
-_BACKWARD_EXCEPTIONS: dict[str, dict[int, _Config]] = {
+# With dropout, whose random words take registers too.
+_DROPPING_CONFIGS: dict[int, Config] = {128: (64, 64, 8, 2), 256: (64, 32, 8, 2)}
+
+# What differs from the tables above in a family: wgmma and tcgen05 want two warpgroups; sm_86 has
+# too little shared memory.
+_FORWARD_EXCEPTIONS: dict[str, dict[int, Config]] = {
+    "sm_90": {128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+    "sm_100": {128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+}
+_BACKWARD_EXCEPTIONS: dict[str, dict[int, Config]] = {
     "sm_86": {256: (32, 32, 8, 2)},
-    "sm_90": {256: (32, 32, 8, 2)},
+    "sm_90": {128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "sm_100": {128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
 }
 
 
-def _padded(width: int) -> int:
-    return max(32, triton.next_power_of_2(width))
-
-
-def _forward_config(x: Tensor, out_width: int) -> _Config:
+def _forward_config(x: Tensor, out_width: int) -> Config:
     """Return the config of the forward kernel for `x` (T, width) on its device."""
-    padded = _padded(max(x.shape[1], out_width))
-    exceptions = _FORWARD_EXCEPTIONS.get(device_family(x.device), {})
-    return exceptions.get(padded, _FORWARD_CONFIGS[padded])
+    return chosen(_FORWARD_CONFIGS, _FORWARD_EXCEPTIONS, x, out_width)
 
 
-def _backward_config(x: Tensor, out_width: int) -> _Config:
+def _backward_config(x: Tensor, out_width: int, drops: bool) -> Config:
     """Return the config of the gradient kernel for `x` (T, width) on its device."""
-    padded = _padded(max(x.shape[1], out_width))
-    exceptions = _BACKWARD_EXCEPTIONS.get(device_family(x.device), {})
-    return exceptions.get(padded, _BACKWARD_CONFIGS[padded])
+    configs = _BACKWARD_CONFIGS | (_DROPPING_CONFIGS if drops else {})
+    return chosen(configs, _BACKWARD_EXCEPTIONS, x, out_width)
 
 
 # ------------------------------------------------------------------------------------------------
 # Device helpers
 # ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load_block(
-    ptr, stride, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BOUND_ROWS: tl.constexpr, BOUND_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Load the block that begins at `ptr`: 0 from row `rows` and column `columns` on.
-
-    Only the bounds that a block can cross are tested: a mask in the loop costs predicates.
-    """
-    block_rows = tl.arange(0, BLOCK_R)[:, None]  # (BLOCK_R, 1)
-    block_columns = tl.arange(0, BLOCK_C)[None, :]  # (1, BLOCK_C)
-    ptrs = ptr + block_rows * stride + block_columns  # (BLOCK_R, BLOCK_C)
-    if BOUND_ROWS and BOUND_COLUMNS:
-        block = tl.load(ptrs, mask=(block_rows < rows) & (block_columns < columns), other=0.0)
-    elif BOUND_ROWS:
-        block = tl.load(ptrs, mask=block_rows < rows, other=0.0)
-    elif BOUND_COLUMNS:
-        block = tl.load(ptrs, mask=block_columns < columns, other=0.0)
-    else:
-        block = tl.load(ptrs)
-    return block  # (BLOCK_R, BLOCK_C)
-
-
-@triton.jit
-def _store_block(
-    ptr, block, stride, rows, columns, BOUND_COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Store `block` (BLOCK_R, BLOCK_C) at `ptr` up to row `rows` and column `columns`."""
-    block_rows = tl.arange(0, block.shape[0])[:, None]  # (BLOCK_R, 1)
-    block_columns = tl.arange(0, block.shape[1])[None, :]  # (1, BLOCK_C)
-    ptrs = ptr + block_rows * stride + block_columns  # (BLOCK_R, BLOCK_C)
-    inside = block_rows < rows
-    if BOUND_COLUMNS:
-        inside = inside & (block_columns < columns)
-    tl.store(ptrs, block.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -119,16 +89,21 @@ def _hidden_blocks(
     """Return the pre-activation of the hidden units from `start` on, and their weight blocks."""
     RAGGED: tl.constexpr = HIDDEN % BLOCK_H != 0
     left = HIDDEN - start
-    w1 = _load_block(
+    w1 = load_block(
         w1_ptr + start * WIDTH, WIDTH, left, WIDTH, BLOCK_H, BLOCK_W, RAGGED, WIDTH != BLOCK_W
     )  # (BLOCK_H, BLOCK_W)
-    w2 = _load_block(
+    w2 = load_block(
         w2_ptr + start, HIDDEN, OUT, left, BLOCK_O, BLOCK_H, OUT != BLOCK_O, RAGGED
     )  # (BLOCK_O, BLOCK_H)
+    units = tl.arange(0, BLOCK_H)  # (BLOCK_H,)
+    b1 = 0.0
+    if b1_ptr is not None:
+        if RAGGED:
+            b1 = tl.load(b1_ptr + start + units, mask=units < left, other=0.0)  # (BLOCK_H,)
+        else:
+            b1 = tl.load(b1_ptr + start + units)  # (BLOCK_H,)
     pre = tl.dot(x, tl.trans(w1))  # (BLOCK_M, BLOCK_H)
     if b1_ptr is not None:
-        units = tl.arange(0, BLOCK_H)  # (BLOCK_H,)
-        b1 = tl.load(b1_ptr + start + units, mask=units < left, other=0.0)  # (BLOCK_H,)
         pre += b1.to(tl.float32)[None, :]
     return pre, w1, w2
 
@@ -152,14 +127,19 @@ def feed_forward_resident_kernel(
     (OUT, HIDDEN), y (tokens, OUT).
     """
     row = tl.program_id(0) * BLOCK_M
-    x = _load_block(
-        x_ptr + row.to(tl.int64) * WIDTH, WIDTH, tokens - row, WIDTH,
-        BLOCK_M, BLOCK_W, True, WIDTH != BLOCK_W,
-    )  # (BLOCK_M, BLOCK_W)  # fmt: skip
+    x = load_tokens(x_ptr + row.to(tl.int64) * WIDTH, tokens - row, WIDTH, BLOCK_M, BLOCK_W)
     seed = 0
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    if b2_ptr is not None:
+        # Before the loop: what the addition needs would hold registers throughout it.
+        columns = tl.arange(0, BLOCK_O)  # (BLOCK_O,)
+        if OUT != BLOCK_O:
+            b2 = tl.load(b2_ptr + columns, mask=columns < OUT, other=0.0)  # (BLOCK_O,)
+        else:
+            b2 = tl.load(b2_ptr + columns)  # (BLOCK_O,)
+        acc += b2.to(tl.float32)[None, :]
     for start in range(0, HIDDEN, BLOCK_H):
         pre, _, w2 = _hidden_blocks(
             x, w1_ptr, b1_ptr, w2_ptr, start, WIDTH, HIDDEN, OUT, BLOCK_W, BLOCK_O, BLOCK_H
@@ -169,12 +149,8 @@ def feed_forward_resident_kernel(
             keep = dropout_keep(seed, 0, 0, row, start, threshold, BLOCK_M, BLOCK_H)
             act = tl.where(keep, act * dropout_scale, 0.0)
         acc = tl.dot(act.to(w2.dtype), tl.trans(w2), acc)
-    if b2_ptr is not None:
-        columns = tl.arange(0, BLOCK_O)  # (BLOCK_O,)
-        b2 = tl.load(b2_ptr + columns, mask=columns < OUT, other=0.0)  # (BLOCK_O,)
-        acc += b2.to(tl.float32)[None, :]
     y_ptr += row.to(tl.int64) * OUT
-    _store_block(y_ptr, acc, OUT, tokens - row, OUT, OUT != BLOCK_O)
+    store_block(y_ptr, acc, OUT, tokens - row, OUT, OUT != BLOCK_O)
 
 
 @triton.jit(do_not_specialize=["first_row", "tokens", "threshold"])
@@ -194,18 +170,21 @@ def feed_forward_resident_gradient_kernel(
     block = tl.program_id(0).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M
     left = tokens - row
-    x = _load_block(
-        x_ptr + block * BLOCK_M * WIDTH, WIDTH, left, WIDTH,
-        BLOCK_M, BLOCK_W, True, WIDTH != BLOCK_W,
-    )  # (BLOCK_M, BLOCK_W)  # fmt: skip
-    dy = _load_block(
-        dy_ptr + block * BLOCK_M * OUT, OUT, left, OUT, BLOCK_M, BLOCK_O, True, OUT != BLOCK_O
-    )  # (BLOCK_M, BLOCK_O)
+    x = load_tokens(x_ptr + block * BLOCK_M * WIDTH, left, WIDTH, BLOCK_M, BLOCK_W)
+    # The rows past the end must add nothing to db1. Masked here they cost nothing in the loop, but
+    # the widest tile then runs out of registers, and masks them there.
+    MASKED: tl.constexpr = BLOCK_O <= 128
+    dy_ptr += block * BLOCK_M * OUT
+    if MASKED:
+        dy = load_block(dy_ptr, OUT, left, OUT, BLOCK_M, BLOCK_O, True, OUT != BLOCK_O)
+    else:
+        dy = load_tokens(dy_ptr, left, OUT, BLOCK_M, BLOCK_O)  # (BLOCK_M, BLOCK_O)
     dpre_ptr += block * BLOCK_M * HIDDEN
     act_ptr += block * BLOCK_M * HIDDEN
     seed = 0
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
+    RAGGED: tl.constexpr = HIDDEN % BLOCK_H != 0
     acc = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
     for start in range(0, HIDDEN, BLOCK_H):
         pre, w1, w2 = _hidden_blocks(
@@ -219,17 +198,21 @@ def feed_forward_resident_gradient_kernel(
             dpre = tl.where(keep, dpre * dropout_scale, 0.0)
         dpre *= slope
         if db1_ptr is not None:
-            # Rows past the end have dy = 0 and add nothing.
+            summands = dpre  # (BLOCK_M, BLOCK_H)
+            if not MASKED:
+                summands = tl.where(tl.arange(0, BLOCK_M)[:, None] < left, dpre, 0.0)
             units = tl.arange(0, BLOCK_H)  # (BLOCK_H,)
             db1_ptrs = db1_ptr + block * HIDDEN + start + units  # (BLOCK_H,)
-            tl.store(db1_ptrs, tl.sum(dpre, 0), mask=units < HIDDEN - start)
+            if RAGGED:
+                tl.store(db1_ptrs, tl.sum(summands, 0), mask=units < HIDDEN - start)
+            else:
+                tl.store(db1_ptrs, tl.sum(summands, 0))
         narrow = dpre.to(w1.dtype)  # (BLOCK_M, BLOCK_H)
-        RAGGED: tl.constexpr = HIDDEN % BLOCK_H != 0
-        _store_block(act_ptr + start, act, HIDDEN, left, HIDDEN - start, RAGGED)
-        _store_block(dpre_ptr + start, narrow, HIDDEN, left, HIDDEN - start, RAGGED)
+        store_block(act_ptr + start, act, HIDDEN, left, HIDDEN - start, RAGGED)
+        store_block(dpre_ptr + start, narrow, HIDDEN, left, HIDDEN - start, RAGGED)
         acc = tl.dot(narrow, w1, acc)
     dx_ptr += block * BLOCK_M * WIDTH
-    _store_block(dx_ptr, acc, WIDTH, left, WIDTH, WIDTH != BLOCK_W)
+    store_block(dx_ptr, acc, WIDTH, left, WIDTH, WIDTH != BLOCK_W)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -240,34 +223,6 @@ def feed_forward_resident_gradient_kernel(
 def enough_tokens(x: Tensor, out_width: int) -> bool:
     """Return whether the blocks of tokens of `x` (T, width) occupy a GPU in this regime."""
     return x.shape[0] >= _MIN_PROGRAMS * _forward_config(x, out_width)[0]
-
-
-def _launch(
-    kernel: triton.JITFunction,
-    config: _Config,
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    arguments: dict[str, object],
-) -> None:
-    """Launch one program for each block of the tokens in `x`; `arguments` are the kernel's own."""
-    block_m, block_h, num_warps, num_stages = config
-    arguments = {
-        "x_ptr": x,
-        "w1_ptr": w1,
-        "w2_ptr": w2,
-        "tokens": x.shape[0],
-        "WIDTH": x.shape[1],
-        "HIDDEN": w1.shape[0],
-        "OUT": w2.shape[0],
-        "BLOCK_W": _padded(x.shape[1]),
-        "BLOCK_O": _padded(w2.shape[0]),
-        "BLOCK_M": block_m,
-        "BLOCK_H": block_h,
-        **arguments,
-    }
-    blocks = triton.cdiv(x.shape[0], block_m)
-    launch(kernel, (blocks,), arguments, num_warps=num_warps, num_stages=num_stages)
 
 
 def resident_forward(
@@ -282,8 +237,16 @@ def resident_forward(
     """Return the output (T, out) of contiguous tensors; `dropout` holds arguments of the kernel."""
     y = x.new_empty(x.shape[0], w2.shape[0])
     config = _forward_config(x, w2.shape[0])
-    arguments = {"b1_ptr": b1, "b2_ptr": b2, "y_ptr": y, "ACTIVATION": activation, **dropout}
-    _launch(feed_forward_resident_kernel, config, x, w1, w2, arguments)
+    arguments = {
+        "w1_ptr": w1,
+        "b1_ptr": b1,
+        "w2_ptr": w2,
+        "b2_ptr": b2,
+        "y_ptr": y,
+        "ACTIVATION": activation,
+        **dropout,
+    }
+    launch_resident(feed_forward_resident_kernel, config, x, w1.shape[0], w2.shape[0], arguments)
     return y
 
 
@@ -298,7 +261,7 @@ def resident_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return the gradients of x, w1, b1 and w2; arguments as in `resident_forward`."""
     tokens, hidden = x.shape[0], w1.shape[0]
-    config = _backward_config(x, w2.shape[0])
+    config = _backward_config(x, w2.shape[0], dropout["seed_ptr"] is not None)
     block_m = config[0]
     chunk = max(1, _CHUNK_BYTES // (2 * hidden * x.element_size() * block_m)) * block_m
     dx = torch.empty_like(x)
@@ -313,7 +276,9 @@ def resident_backward(
         act = torch.empty_like(dpre)
         arguments = {
             "dy_ptr": dy[rows],
+            "w1_ptr": w1,
             "b1_ptr": b1,
+            "w2_ptr": w2,
             "dx_ptr": dx[rows],
             "dpre_ptr": dpre,
             "act_ptr": act,
@@ -322,7 +287,8 @@ def resident_backward(
             "ACTIVATION": activation,
             **dropout,
         }
-        _launch(feed_forward_resident_gradient_kernel, config, x[rows], w1, w2, arguments)
+        kernel = feed_forward_resident_gradient_kernel
+        launch_resident(kernel, config, x[rows], hidden, w2.shape[0], arguments)
         # A single chunk needs no wider sum; further ones add up in float32.
         part1, part2 = dpre.t() @ x[rows], dy[rows].t() @ act
         dw1 = part1 if dw1 is None else dw1.float().add_(part1)
