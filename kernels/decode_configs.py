@@ -1,8 +1,8 @@
 """Tile sizes of the decode kernels, and into how many parts the keys of a sequence go.
 
 Keys and values are read once and serve few rows, so that nothing but the bytes under way counts:
-block_n x (stages - 1), at two programs for each multiprocessor. The tables hold what does that
-within the shared memory and without spills; none of it was timed on a GPU.
+block_n x (stages - 1), at two programs for each multiprocessor while rows are few. The tables hold
+what does that within the shared memory and without spills; none of it was timed on a GPU.
 """
 
 from typing import NamedTuple
@@ -48,9 +48,9 @@ _EXCEPTIONS: dict[str, dict[int, Tiles]] = {
 _SINGLE = {
     16: Tiles(16, 32, 4, 3),
     32: Tiles(16, 32, 4, 3),
-    64: Tiles(16, 32, 4, 3),
-    128: Tiles(16, 32, 4, 2),
-    256: Tiles(16, 16, 4, 2),
+    64: Tiles(16, 32, 8, 2),
+    128: Tiles(16, 32, 8, 2),
+    256: Tiles(16, 16, 8, 2),
 }
 
 
@@ -62,8 +62,8 @@ def decode_tiles(family: str, block_d: int, dtype: torch.dtype, rows: int, paged
     block_m = 16
     while block_m < min(rows, tiles.block_m):
         block_m *= 2
-    # A page's number must be there one stage before its keys can be asked for.
-    stages = tiles.stages + paged
+    # The compiler spreads the stages over the loads of pages' numbers and those of their keys.
+    stages = 2 * tiles.stages - 1 if paged else tiles.stages
     return Tiles(block_m, tiles.block_n, 8 if block_m > 32 else tiles.warps, stages)
 
 

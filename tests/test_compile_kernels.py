@@ -19,7 +19,7 @@ import triton
 from fuseformer.kernels.common import FAMILIES, KernelSpec
 from triton.backends.compiler import GPUTarget
 
-MODULES = ("attention", "feed_forward", "norm", "cross_entropy")
+MODULES = ("attention", "decode", "feed_forward", "norm", "cross_entropy")
 COMPILE_ALL = os.environ.get("FUSEFORMER_COMPILE_ALL") == "1"
 #: Compute capability: KiB of shared memory that one program may have.
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}
@@ -59,6 +59,7 @@ OPTIONAL = (
     "upstream_ptr",
     "bias_ptr",
     "slopes_ptr",
+    "table_ptr",
 )
 
 

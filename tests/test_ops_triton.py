@@ -110,6 +110,19 @@ opcheck(ops.add_layer_norm.default, (leaf(9, 16), leaf(9, 16), leaf(16), leaf(16
 opcheck(ops.linear_cross_entropy.default, (leaf(9, 16), leaf(12, 16), none,
         torch.arange(9), -100, 0.0, 0.0, 0.1, "mean", True, "triton"))
 
+cache, lengths = k.detach(), torch.tensor([19], dtype=torch.int32)
+few = q.detach()[:, :, :3]
+opcheck(ops.decode_attention.default, (few, cache, cache, lengths, none, none, none, 5, -1, 0.0,
+        0.25, "triton"))
+
+@torch.compile(fullgraph=True, backend="aot_eager")
+def decode(q, k, v):
+    return ff.decode_attention(q, k, v, lengths, backend="triton")
+
+torch.testing.assert_close(
+    decode(few, cache, cache), ff.decode_attention(few, cache, cache, lengths, backend="reference")
+)
+
 @torch.compile(fullgraph=True, backend="aot_eager")
 def attend(q, k, v):
     return ff.attention(q, k, v, causal=True, backend="triton")

@@ -1,0 +1,139 @@
+"""Bugs planted in a copy of the decode kernels must be caught by the checks of the real ones."""
+
+import pytest
+import torch
+from decode_checks import Case, check_decode
+from planted import planted_kernels
+from ttsem.sanitize import KernelFault
+
+pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+
+FP32 = torch.float32
+SPLIT = Case((2, 1), 2, 16, FP32, (100, 160), capacity=160)
+WHOLE = Case((2, 1), 2, 16, FP32, (0, 40), capacity=48)
+GROUPS = Case((4, 2), 1, 16, FP32, (20,), capacity=32)
+SMALL_PAGES = Case((2, 1), 1, 16, FP32, (33, 47), 16, 48)
+LARGE_PAGES = Case((2, 1), 1, 16, FP32, (100,), 64, 128)
+WINDOW = Case((2, 1), 2, 16, FP32, (100,), capacity=112, window_left=5)
+OPTIONS = Case((2, 1), 2, 16, FP32, (100, 160), 0, 160, -1, 3.0, True, True)
+
+# correct text, planted text, the case that must fail
+BUGS = {
+    "the merge does not rescale what it has": (
+        "acc = acc * rescale + tl.sum(",
+        "acc = acc + tl.sum(",
+        Case((2, 1), 2, 16, FP32, (1200,), capacity=1216),
+    ),
+    "the merge weighs all splits the same": (
+        "tl.sum(tl.trans(weights) * partial, 0)",
+        "tl.sum(partial, 0)",
+        SPLIT,
+    ),
+    "the merge forgets the last split": (
+        "live = tl.cdiv(length - first, tl.maximum(step, 1))",
+        "live = tl.maximum(length - first, 0) // tl.maximum(step, 1)",
+        SPLIT,
+    ),
+    "the merge reads splits that wrote nothing": (
+        "mask=split < live",
+        "mask=split < splits",
+        Case((2, 1), 1, 16, FP32, (300, 70), capacity=304),
+    ),
+    "the accumulator is not rescaled": ("acc = acc * rescale[:, None]", "acc = acc * 1.0", WHOLE),
+    "every split reads the first keys": (
+        "begin = first + split * step",
+        "begin = first",
+        SPLIT,
+    ),
+    "the page of the block before": (
+        "start // PAGE_SIZE * stride_ts",
+        "tl.maximum(start - BLOCK_N, 0) // PAGE_SIZE * stride_ts",
+        LARGE_PAGES,
+    ),
+    "a page for all keys of a block": (
+        "keys // PAGE_SIZE * stride_ts",
+        "(keys * 0 + start) // PAGE_SIZE * stride_ts",
+        SMALL_PAGES,
+    ),
+    "rows of a page from its beginning": (
+        "start % PAGE_SIZE + tl.arange",
+        "start * 0 + tl.arange",
+        LARGE_PAGES,
+    ),
+    "another sequence's table": (
+        "table_ptr += batch.to(tl.int64) * stride_tb",
+        "table_ptr += (batch * 0).to(tl.int64) * stride_tb",
+        SMALL_PAGES,
+    ),
+    "pages that do not exist are asked for": (
+        "entry = tl.maximum(tl.minimum(entry, pages - 1), 0)",
+        "entry = entry + 0",
+        Case((2, 1), 1, 16, FP32, (20, 20), 16, 32, broken_pages=True),
+    ),
+    "one key too few": (
+        "tl.maximum(tl.minimum(length, capacity), 0).to(tl.int32)",
+        "tl.maximum(tl.minimum(length, capacity) - 1, 0).to(tl.int32)",
+        WHOLE,
+    ),
+    "one key too many": (
+        "tl.maximum(tl.minimum(length, capacity), 0).to(tl.int32)",
+        "tl.maximum(tl.minimum(length + 1, capacity), 0).to(tl.int32)",
+        WHOLE,
+    ),
+    "a query sees the next one": ("seen = distance >= 0", "seen = distance >= -1", WHOLE),
+    "heads and queries are packed the other way": (
+        "query = row % seqlen_q",
+        "query = row // seqlen_q",
+        WHOLE,
+    ),
+    "the wrong key head": (
+        "kv_head = group % (heads // GROUP)",
+        "kv_head = (group + 1) % (heads // GROUP)",
+        GROUPS,
+    ),
+    "a window to the wrong side": (
+        "seen & (distance <= window_left)",
+        "seen & (distance >= window_left)",
+        WINDOW,
+    ),
+    "a window one key too wide": ("distance <= window_left", "distance <= window_left + 1", WINDOW),
+    "a window that begins a block late": (
+        "tl.maximum(length - seqlen_q - window_left, 0) // BLOCK_N * BLOCK_N",
+        "tl.maximum(length - seqlen_q - window_left, 0) // BLOCK_N * BLOCK_N + BLOCK_N",
+        WINDOW,
+    ),
+    "ALiBi counts from the first query": (
+        "slopes[:, None] * tl.abs(distance)",
+        "slopes[:, None] * tl.abs(distance - query[:, None])",
+        OPTIONS,
+    ),
+    "the scale is left out beside a softcap": (
+        "(2.0 * LOG2E * sm_scale / softcap)",
+        "(2.0 * LOG2E / softcap)",
+        OPTIONS,
+    ),
+    "every split adds the sink": (
+        "factor, lse = finish(row_max, row_sum, None)",
+        "factor, lse = finish(row_max, row_sum, tl.load(sinks_ptr + head, mask=real))",
+        OPTIONS,
+    ),
+}
+CASES = {repr(case): case for _, _, case in BUGS.values()}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name, tmp_path):
+    correct, wrong, case = BUGS[name]
+    with (
+        planted_kernels(tmp_path, "decode", "decode.py", correct, wrong) as kernels,
+        pytest.raises((AssertionError, KernelFault)),
+    ):
+        check_decode(kernels, case)
+
+
+def test_the_copy_without_a_bug_passes(tmp_path):
+    """Else the tests above would pass for any reason at all."""
+    text = "seen = distance >= 0"
+    with planted_kernels(tmp_path, "decode", "decode.py", text, text) as kernels:
+        for case in CASES.values():
+            check_decode(kernels, case)
