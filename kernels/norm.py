@@ -1,9 +1,14 @@
-"""Residual addition, dropout and layer norm in Triton, one kernel each way.
+"""Residual addition, dropout and normalisation in Triton, one kernel each way for all four ops.
+
+Layer norm has a mean, RMS norm has none. Post-norm normalises the sum as it is: the sum is not
+saved, backward forms it again from what autograd keeps anyway. Pre-norm rounds and returns the sum,
+the next residual, and normalises what it has returned: backward reads that alone.
 
 A program works on rows {i, i + 8}: one Philox call decides about both, so that no word is computed
-twice. The sum is not saved; backward forms it again from what autograd keeps anyway.
+twice.
 
-Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
+Source: Ba, Kiros, Hinton, "Layer Normalization", 2016; Zhang and Sennrich, "Root Mean Square Layer
+Normalization", 2019.
 """
 
 from collections.abc import Iterator
@@ -91,14 +96,15 @@ def _load_rows(ptr, offsets, inside):
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
-def add_layer_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, seed_ptr,
+def add_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr, seed_ptr,
     tokens, eps, threshold, dropout_scale,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Normalise ``residual + dropout(x)`` of one or two rows.
+    """Normalise ``residual + dropout(x)`` of one or two rows: RMS norm where `mean_ptr` is None.
 
-    Grid: (work items,). x, residual and y are (tokens, WIDTH) contiguous, mean and rstd (tokens,).
+    Grid: (work items,). x, residual, y and total are (tokens, WIDTH) contiguous, mean and rstd
+    (tokens,). Where there is a `total_ptr` the sum is stored there, and normalised as stored.
     """
     rows = _program_rows(tl.program_id(0), ROWS)  # (ROWS,)
     columns = tl.arange(0, BLOCK_N)  # (BLOCK_N,)
@@ -110,20 +116,26 @@ def add_layer_norm_kernel(
         keep = _row_keep(tl.load(seed_ptr), rows, threshold, BLOCK_N)
         total = tl.where(keep, total * dropout_scale, 0.0)
     total += _load_rows(residual_ptr, offsets, inside)
-    mean = tl.sum(total, 1) / WIDTH  # (ROWS,)
-    centred = tl.where(real[None, :], total - mean[:, None], 0.0)  # (ROWS, BLOCK_N)
+    if total_ptr is not None:
+        rounded = total.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offsets, rounded, mask=inside)
+        total = rounded.to(tl.float32)
+    centred = total
+    if mean_ptr is not None:
+        mean = tl.sum(total, 1) / WIDTH  # (ROWS,)
+        tl.store(mean_ptr + rows, mean, mask=rows < tokens)
+        centred = tl.where(real[None, :], total - mean[:, None], 0.0)  # (ROWS, BLOCK_N)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)  # (ROWS,)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < tokens)
     y = centred * rstd[:, None] * _load_rows(weight_ptr, columns, real)[None, :]
     if bias_ptr is not None:
         y += _load_rows(bias_ptr, columns, real)[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(mean_ptr + rows, mean, mask=rows < tokens)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < tokens)
 
 
 @triton.jit(do_not_specialize=["tokens", "items", "threshold"])
-def add_layer_norm_gradient_kernel(
-    dy_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
+def add_norm_gradient_kernel(
+    dy_ptr, dtotal_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     tokens, items, threshold, dropout_scale,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -131,7 +143,9 @@ def add_layer_norm_gradient_kernel(
     """Compute dx and dresidual of every row of its work items, and its share of dweight and dbias.
 
     Grid: (programs,); a program takes the items from its own index on in steps of the grid. dweight
-    and dbias are (programs, WIDTH) float32 partial sums.
+    and dbias are (programs, WIDTH) float32 partial sums. Without a `residual_ptr` x is the sum
+    itself, and `dtotal_ptr` may hold a gradient that flows into it past the norm. Without dropout
+    dx is dresidual, and `dx_ptr` is None.
     """
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_N)  # (BLOCK_N,)
@@ -145,27 +159,40 @@ def add_layer_norm_gradient_kernel(
         rows = _program_rows(index, ROWS)  # (ROWS,)
         inside = (rows < tokens)[:, None] & real[None, :]
         offsets = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]  # (ROWS, BLOCK_N)
-        mean = tl.load(mean_ptr + rows, mask=rows < tokens, other=0.0)  # (ROWS,)
         rstd = tl.load(rstd_ptr + rows, mask=rows < tokens, other=0.0)  # (ROWS,)
         dy = _load_rows(dy_ptr, offsets, inside)  # (ROWS, BLOCK_N)
-        total = _load_rows(x_ptr, offsets, inside)  # (ROWS, BLOCK_N)
-        if seed_ptr is not None:
-            keep = _row_keep(seed, rows, threshold, BLOCK_N)
-            total = tl.where(keep, total * dropout_scale, 0.0)
-        total += _load_rows(residual_ptr, offsets, inside)
+        normal = _load_rows(x_ptr, offsets, inside)  # (ROWS, BLOCK_N)
+        if dtotal_ptr is not None:
+            past = _load_rows(dtotal_ptr, offsets, inside)  # (ROWS, BLOCK_N)
+        if residual_ptr is not None:
+            if seed_ptr is not None:
+                keep = _row_keep(seed, rows, threshold, BLOCK_N)
+                normal = tl.where(keep, normal * dropout_scale, 0.0)
+            normal += _load_rows(residual_ptr, offsets, inside)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + rows, mask=rows < tokens, other=0.0)  # (ROWS,)
+            normal -= mean[:, None]
         # Past the last row dy is 0, and with it all that follows; past the last column too.
-        normal = (total - mean[:, None]) * rstd[:, None]  # (ROWS, BLOCK_N)
+        normal *= rstd[:, None]
         dweight += tl.sum(dy * normal, 0)
-        dbias += tl.sum(dy, 0)
+        if dbias_ptr is not None:
+            dbias += tl.sum(dy, 0)
         # Loaded anew for every item: the cache has room for it, the registers have none.
         dnormal = dy * _load_rows(weight_ptr, columns, real)[None, :]  # (ROWS, BLOCK_N)
         along = tl.sum(dnormal * normal, 1) / WIDTH  # (ROWS,)
-        shift = tl.sum(dnormal, 1) / WIDTH  # (ROWS,)
-        dtotal = (dnormal - normal * along[:, None] - shift[:, None]) * rstd[:, None]
-        tl.store(dresidual_ptr + offsets, dtotal.to(dx_ptr.dtype.element_ty), mask=inside)
-        if seed_ptr is not None:
+        dtotal = dnormal - normal * along[:, None]  # (ROWS, BLOCK_N)
+        if mean_ptr is not None:
+            shift = tl.sum(dnormal, 1) / WIDTH  # (ROWS,)
+            dtotal -= shift[:, None]
+        dtotal *= rstd[:, None]
+        if dtotal_ptr is not None:
+            dtotal += past
+        tl.store(dresidual_ptr + offsets, dtotal.to(dresidual_ptr.dtype.element_ty), mask=inside)
+        if dx_ptr is not None:
+            if residual_ptr is None:
+                keep = _row_keep(seed, rows, threshold, BLOCK_N)
             dtotal = tl.where(keep, dtotal * dropout_scale, 0.0)
-        tl.store(dx_ptr + offsets, dtotal.to(dx_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_ptr + offsets, dtotal.to(dx_ptr.dtype.element_ty), mask=inside)
     partial = program.to(tl.int64) * WIDTH + columns  # (BLOCK_N,)
     tl.store(dweight_ptr + partial, dweight, mask=real)
     if dbias_ptr is not None:
@@ -178,7 +205,7 @@ def add_layer_norm_gradient_kernel(
 
 
 def _shared_arguments(
-    x: Tensor, residual: Tensor, weight: Tensor, seed: Tensor | None, dropout_p: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, seed: Tensor | None, dropout_p: float
 ) -> tuple[dict[str, object], int, int]:
     """Return the arguments that both kernels take, the number of work items, and the warps."""
     tokens, width = x.shape
@@ -186,9 +213,9 @@ def _shared_arguments(
     threshold = round(dropout_p * 65536)
     arguments = {
         "x_ptr": x.contiguous(),
-        "residual_ptr": residual.contiguous(),
+        "residual_ptr": None if residual is None else residual.contiguous(),
         "weight_ptr": weight.contiguous(),
-        "seed_ptr": seed if threshold else None,
+        "seed_ptr": seed,
         "tokens": tokens,
         "threshold": threshold,
         "dropout_scale": 0.0 if threshold == 65536 else 65536 / (65536 - threshold),
@@ -201,53 +228,65 @@ def _shared_arguments(
     return arguments, items if width else 0, num_warps
 
 
-def add_layer_norm_forward(
+def add_norm_forward(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     seed: Tensor | None,
+    rms: bool,
+    return_residual: bool,
     eps: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the normalised sum (T, width), and its mean and reciprocal deviation (T,) in float32.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Return the normalised sum, with `return_residual` the sum, unless `rms` the mean, and rstd.
 
     `x` and `residual` are (T, width) of one dtype, any strides; `weight` and `bias` (width,) may be
-    wider. Raises `ValueError` past `MAX_WIDTH` columns.
+    wider; `seed` is None without dropout. The mean and `rstd`, the reciprocal deviation, are (T,)
+    in float32. Raises `ValueError` past `MAX_WIDTH` columns.
     """
     arguments, items, num_warps = _shared_arguments(x, residual, weight, seed, dropout_p)
     y = x.new_empty(x.shape)
+    total = x.new_empty(x.shape) if return_residual else None
     mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     arguments |= {
         "bias_ptr": None if bias is None else bias.contiguous(),
         "y_ptr": y,
-        "mean_ptr": mean,
+        "total_ptr": total,
+        "mean_ptr": None if rms else mean,
         "rstd_ptr": rstd,
         "eps": float(eps),
     }
-    launch(add_layer_norm_kernel, (items,), arguments, num_warps=num_warps, num_stages=1)
-    return y, mean, rstd
+    launch(add_norm_kernel, (items,), arguments, num_warps=num_warps, num_stages=1)
+    return y, total, None if rms else mean, rstd
 
 
-def add_layer_norm_backward(
+def add_norm_backward(
     dy: Tensor,
+    dtotal: Tensor | None,
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
     has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the gradients of x, residual, weight and bias; that of an absent bias is None."""
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of x, residual, weight and bias; that of an absent bias is None.
+
+    Without a `residual` `x` is the sum that forward has returned, and `dtotal` its own gradient.
+    Without dropout that of x is None, for that of the residual is the same.
+    """
     arguments, items, num_warps = _shared_arguments(x, residual, weight, seed, dropout_p)
-    dx, dresidual = x.new_empty(x.shape), x.new_empty(x.shape)
+    dresidual = x.new_empty(x.shape)
+    dx = None if seed is None else x.new_empty(x.shape)
     programs = min(items, _BACKWARD_PROGRAMS)
     dweight = x.new_empty(programs, x.shape[1], dtype=torch.float32)
     dbias = torch.empty_like(dweight) if has_bias else None
     arguments |= {
         "dy_ptr": dy.contiguous(),
+        "dtotal_ptr": None if dtotal is None else dtotal.contiguous(),
         "mean_ptr": mean,
         "rstd_ptr": rstd,
         "dx_ptr": dx,
@@ -256,9 +295,7 @@ def add_layer_norm_backward(
         "dbias_ptr": dbias,
         "items": items,
     }
-    launch(
-        add_layer_norm_gradient_kernel, (programs,), arguments, num_warps=num_warps, num_stages=1
-    )
+    launch(add_norm_gradient_kernel, (programs,), arguments, num_warps=num_warps, num_stages=1)
     dweight = dweight.sum(0).to(weight.dtype)
     return dx, dresidual, dweight, None if dbias is None else dbias.sum(0).to(weight.dtype)
 
@@ -271,22 +308,32 @@ def add_layer_norm_backward(
 def kernel_specs(family: str) -> Iterator[KernelSpec]:
     """Yield the launches of representative calls; the configs are the same for every `family`."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for dtype, parameter_dtype, width, dropout_p in (
-        (bf16, bf16, 32, 0.1),
-        (bf16, fp32, 96, 0.0),
-        (bf16, bf16, 512, 0.1),
-        (bf16, fp32, 1000, 0.1),
-        (fp16, fp16, 1024, 0.0),
-        (bf16, bf16, 2048, 0.1),
-        (fp32, fp32, 4096, 0.1),
-        (fp16, fp32, 4096, 0.1),
-        (bf16, bf16, 8192, 0.1),
-        (fp32, fp32, 8192, 0.0),
+    for dtype, parameter_dtype, width, dropout_p, rms, return_residual in (
+        (bf16, bf16, 32, 0.1, False, False),
+        (bf16, fp32, 96, 0.0, False, True),
+        (bf16, bf16, 512, 0.1, True, True),
+        (bf16, fp32, 1000, 0.1, False, False),
+        (fp16, fp16, 1024, 0.0, False, False),
+        (bf16, bf16, 2048, 0.0, True, True),
+        (bf16, bf16, 2048, 0.1, False, False),
+        (fp32, fp32, 4096, 0.1, False, False),
+        (fp16, fp32, 4096, 0.1, False, True),
+        (bf16, bf16, 4096, 0.0, True, True),
+        (fp32, fp32, 4096, 0.1, True, True),
+        (bf16, bf16, 8192, 0.1, False, False),
+        (bf16, bf16, 8192, 0.1, False, True),
+        (fp32, fp32, 8192, 0.0, False, False),
+        (fp32, fp32, 8192, 0.1, True, True),
+        (bf16, bf16, 8192, 0.0, True, False),
     ):
         x = torch.empty(4096, width, dtype=dtype, device="meta")
         weight = torch.empty(width, dtype=parameter_dtype, device="meta")
+        bias = None if rms else weight
         seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p else None
         with recorded_launches(family) as specs:
-            y, mean, rstd = add_layer_norm_forward(x, x, weight, weight, seed, 1e-5, dropout_p)
-            add_layer_norm_backward(y, x, x, weight, mean, rstd, seed, dropout_p, True)
+            y, total, mean, rstd = add_norm_forward(
+                x, x, weight, bias, seed, rms, return_residual, 1e-5, dropout_p
+            )
+            saved = (x, x) if total is None else (total, None)
+            add_norm_backward(y, total, *saved, weight, mean, rstd, seed, dropout_p, not rms)
         yield from specs

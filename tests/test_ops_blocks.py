@@ -66,20 +66,58 @@ def test_gated_feed_forward(dtype, activation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("shape", [(1, 40), (3, 21, 72), (257, 33)], ids=str)
-def test_norms(dtype, p, shape):
+@pytest.mark.parametrize("pre", [False, True])
+def test_norms(dtype, p, shape, pre):
     torch.manual_seed(0)
     x, residual = torch.randn(shape), torch.randn(shape)
     weight, bias = torch.rand(shape[-1]) + 0.5, torch.randn(shape[-1])
 
+    options = {"dropout_p": p, "seed": 6, "return_residual": pre}
+
     def layer(x, residual, weight, bias=None, *, backend):
-        return ff.add_layer_norm(x, residual, weight, bias, dropout_p=p, seed=6, backend=backend)
+        return ff.add_layer_norm(x, residual, weight, bias, backend=backend, **options)
 
     def rms(x, residual, weight, *, backend):
-        return ff.add_rms_norm(x, residual, weight, eps=1e-6, dropout_p=p, seed=6, backend=backend)
+        return ff.add_rms_norm(x, residual, weight, eps=1e-6, backend=backend, **options)
 
     judge(layer, [x, residual, weight, bias], dtype)
     judge(layer, [x, residual, weight], dtype)
     judge(rms, [x, residual, weight], dtype)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_result_of_a_pre_norm_may_go_unused(norm, used, create_graph):
+    torch.manual_seed(0)
+    tensors = [leaf(7, 40), leaf(7, 40), leaf(40)]
+    options = {"eps": 1e-5, "dropout_p": 0.3, "seed": 6, "return_residual": True}
+    gradients = []
+    for backend in ("cpu", "reference"):
+        if norm == "rms":
+            outs = ff.add_rms_norm(*tensors, backend=backend, **options)
+        else:
+            outs = ff.add_layer_norm(*tensors, None, backend=backend, **options)
+        loss = (outs[used] ** 2).sum()
+        found = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True)
+        gradients.append([torch.zeros(()) if g is None else g for g in found])
+    for a, e in zip(*gradients, strict=True):
+        assert torch.allclose(a, e, atol=1e-5)
+
+
+@pytest.mark.parametrize("return_residual", [False, True])
+def test_second_derivatives_of_norms_whose_inputs_depend_on_each_other(return_residual):
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((3, 5), (5,)))
+
+    def call(x, weight):
+        options = {"eps": 1e-3, "return_residual": return_residual, "backend": "cpu"}
+        outs = ff.add_rms_norm(x, x, weight, dropout_p=0.3, seed=6, **options)
+        outs = outs if return_residual else (outs,)
+        return ff.add_layer_norm(outs[-1] * weight, outs[0], weight, weight, **options)
+
+    assert torch.autograd.gradcheck(call, (x, weight))
+    assert torch.autograd.gradgradcheck(call, (x, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -156,8 +194,12 @@ OPCHECKS = {
         leaf(5, 8), leaf(6, 8), leaf(6), leaf(8, 6), leaf(8), torch.tensor(3), "gelu", 0.2, True,
     ),
     "gated_feed_forward": lambda: (leaf(5, 8), leaf(6, 8), leaf(6, 8), leaf(8, 6), "silu"),
-    "add_layer_norm": lambda: (leaf(5, 8), leaf(5, 8), leaf(8), leaf(8), None, 1e-5, 0.0),
-    "add_rms_norm": lambda: (leaf(5, 8), leaf(5, 8), leaf(8), torch.tensor(4), 1e-5, 0.3),
+    "post-norm": lambda: (
+        leaf(5, 8), leaf(5, 8), leaf(8), leaf(8), None, False, False, 1e-5, 0.0,
+    ),
+    "pre-norm": lambda: (
+        leaf(5, 8), leaf(5, 8), leaf(8), None, torch.tensor(4), True, True, 1e-5, 0.3,
+    ),
     "rotary": lambda: (leaf(1, 2, 5, 8), leaf(1, 1, 5, 8), *torch.rand(2, 5, 3), False),
     "linear_cross_entropy": lambda: (
         leaf(5, 8), leaf(7, 8), leaf(7), torch.tensor([1, 6, -100, 0, 2]), -100, 0.1, 0.0, 0.1,
@@ -168,7 +210,7 @@ OPCHECKS = {
 
 @pytest.mark.parametrize("name", OPCHECKS)
 def test_opcheck(name):
-    op = getattr(torch.ops.fuseformer, name).default
+    op = getattr(torch.ops.fuseformer, "add_norm" if "-norm" in name else name).default
     torch.library.opcheck(op, (*OPCHECKS[name](), "cpu"))
 
 
@@ -241,6 +283,11 @@ X, W = torch.zeros(3, 8), torch.zeros(6, 8)
         (lambda: ff.add_layer_norm(X, X[:2], X[0], None), ValueError, "residual: got shape"),
         (lambda: ff.add_layer_norm(X, X, X[0, :3], None), ValueError, "weight: got shape"),
         (lambda: ff.add_rms_norm(X, X, X[0], eps=0), ValueError, "eps: got 0"),
+        (
+            lambda: ff.add_rms_norm(X, X, X[0], eps=1, return_residual=None),
+            TypeError,
+            "return_residual: got NoneType",
+        ),
         (lambda: ff.linear_cross_entropy(X, W, torch.zeros(3)), TypeError, "target: got dtype"),
         (
             lambda: ff.linear_cross_entropy(X, W, torch.tensor([0, 6, 1])),

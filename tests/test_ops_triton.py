@@ -62,6 +62,12 @@ CALLS = {
         ),
         lambda: [torch.randn(25, 24), torch.randn(101, 24) / 4],
     ),
+    "add_rms_norm": (
+        lambda x, r, w, backend: torch.stack(
+            ff.add_rms_norm(x, r, w, eps=1e-6, dropout_p=0.2, seed=3, backend=backend)
+        ),
+        lambda: [torch.randn(21, 72), torch.randn(21, 72), torch.rand(72) + 0.5],
+    ),
     "add_layer_norm": (
         lambda x, r, w, b, backend: ff.add_layer_norm(
             x, r, w, b, dropout_p=0.2, seed=3, backend=backend
@@ -105,8 +111,9 @@ opcheck(ops.attention.default, (q, k, v, none, none, none, none, none, torch.ten
         "top_left", -1, -1, 0.0, 0.25, 0.1, "triton"))
 opcheck(ops.feed_forward.default, (leaf(17, 16), leaf(32, 16), leaf(32), leaf(16, 32), leaf(16),
         none, "gelu", 0.0, {saves_pre}, "triton"))
-opcheck(ops.add_layer_norm.default, (leaf(9, 16), leaf(9, 16), leaf(16), leaf(16), none, 1e-5, 0.0,
-        "triton"))
+for rms in (False, True):
+    opcheck(ops.add_norm.default, (leaf(9, 16), leaf(9, 16), leaf(16), none if rms else leaf(16),
+            torch.tensor(3) if rms else none, rms, rms, 1e-5, 0.1 * rms, "triton"))
 opcheck(ops.linear_cross_entropy.default, (leaf(9, 16), leaf(12, 16), none,
         torch.arange(9), -100, 0.0, 0.0, 0.1, "mean", True, "triton"))
 

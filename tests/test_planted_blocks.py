@@ -14,8 +14,9 @@ from block_checks import (
     check_cross_entropy,
     check_feed_forward,
     check_feed_forward_dropout,
-    check_layer_norm,
-    check_layer_norm_dropout,
+    check_norm,
+    check_norm_dropout,
+    check_norm_of_the_sum,
     regime,
 )
 from planted import planted_kernels
@@ -40,11 +41,11 @@ def feed_forward_dropout(resident: bool) -> Check:
 
 
 def norm(case: NormCase) -> Check:
-    return lambda kernels: check_layer_norm(kernels, case)
+    return lambda kernels: check_norm(kernels, case)
 
 
 def norm_dropout(kernels: ModuleType) -> None:
-    check_layer_norm_dropout(kernels, 17, 96, 0.5)
+    check_norm_dropout(kernels, 17, 96, 0.5)
 
 
 def cross_entropy(case: CrossEntropyCase) -> Check:
@@ -53,7 +54,9 @@ def cross_entropy(case: CrossEntropyCase) -> Check:
 
 EPILOGUE = FeedForwardCase((33, 24, 40, 16), "gelu_tanh", FP32)
 RESIDENT = FeedForwardCase((70, 24, 72, 16), "silu", FP16, resident=True, chunked=True)
+WIDE_RESIDENT = FeedForwardCase((17, 40, 40, 136), "relu", BF16, resident=True)
 ROWS = NormCase(9, 40, FP32)
+PRE = NormCase(9, 40, FP32, dropout_p=0.3, rms=True, pre=True)
 LOSS = CrossEntropyCase((7, 16, 50), FP32)
 Z_LOSS = CrossEntropyCase((7, 16, 50), FP32, z_loss=0.1)
 LONG_LOSS = CrossEntropyCase((5, 8, 8100), FP32, ignored=0.0)
@@ -141,10 +144,17 @@ BUGS = {
     ),
     "columns past the width are taken as input": (
         "feed_forward",
-        "feed_forward_resident.py",
-        "BLOCK_M, BLOCK_W, True, WIDTH != BLOCK_W,",
-        "BLOCK_M, BLOCK_W, True, False,",
+        "feed_forward_tiles.py",
+        "if WIDTH != BLOCK_W:",
+        "if WIDTH > BLOCK_W:",
         feed_forward(RESIDENT),
+    ),
+    "tokens past the end count in the bias gradient": (
+        "feed_forward",
+        "feed_forward_resident.py",
+        "tl.where(tl.arange(0, BLOCK_M)[:, None] < left, dpre, 0.0)",
+        "dpre",
+        feed_forward(WIDE_RESIDENT),
     ),
     "dx takes the gradient before the activation's slope": (
         "feed_forward",
@@ -185,8 +195,8 @@ BUGS = {
     "the gradient keeps its mean": (
         "norm",
         "norm.py",
-        "normal * along[:, None] - shift[:, None]",
-        "normal * along[:, None]",
+        "dtotal -= shift[:, None]",
+        "dtotal -= 0.0",
         norm(ROWS),
     ),
     "the weight gradient keeps its last rows only": (
@@ -209,6 +219,30 @@ BUGS = {
         "dtotal = tl.where(keep, dtotal * dropout_scale, 0.0)",
         "dtotal = dtotal * dropout_scale",
         norm_dropout,
+    ),
+    "the next residual is normalised before it is rounded": (
+        "norm",
+        "norm.py",
+        "total = rounded.to(tl.float32)",
+        "total = total.to(tl.float32)",
+        check_norm_of_the_sum,
+    ),
+    "the gradient of the next residual is left out": (
+        "norm",
+        "norm.py",
+        "dtotal += past",
+        "dtotal += 0.0",
+        norm(PRE),
+    ),
+    "the saved sum is dropped from a second time": (
+        "norm",
+        "norm.py",
+        "        if mean_ptr is not None:\n            mean = tl.load(",
+        "        if residual_ptr is None:\n"
+        "            keep = _row_keep(seed, rows, threshold, BLOCK_N)\n"
+        "            normal = tl.where(keep, normal * dropout_scale, 0.0)\n"
+        "        if mean_ptr is not None:\n            mean = tl.load(",
+        norm(PRE),
     ),
     "a row past the last one is written": (
         "norm",
@@ -305,7 +339,7 @@ def test_a_planted_bug_is_caught(name, tmp_path):
     ("module", "checks"),
     {
         "feed_forward": [feed_forward(EPILOGUE), feed_forward(RESIDENT)],
-        "norm": [norm(ROWS), norm_dropout],
+        "norm": [norm(ROWS), norm(PRE), check_norm_of_the_sum, norm_dropout],
         "cross_entropy": [cross_entropy(LOSS), cross_entropy(Z_LOSS), cross_entropy(LONG_LOSS)],
     }.items(),
 )

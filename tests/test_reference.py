@@ -1,5 +1,6 @@
 """The oracle against PyTorch's own functions, and its gradients against finite differences."""
 
+import functools
 import math
 
 import pytest
@@ -132,20 +133,36 @@ def test_feed_forward_equals_torch_and_gradcheck(activation):
 def test_norms_gradcheck():
     torch.manual_seed(5)
     x, residual, weight, bias = leaf(3, 5), leaf(3, 5), leaf(5), leaf(5)
-    y = reference.add_layer_norm(x, residual, weight, bias, eps=1e-5)
-    torch.testing.assert_close(y, F.layer_norm(x + residual, (5,), weight, bias, 1e-5))
-    y, total = reference.add_rms_norm(x, residual, weight, eps=1e-6)
-    torch.testing.assert_close(total, x + residual)
-    torch.testing.assert_close(y, F.rms_norm(x + residual, (5,), weight, 1e-6))
-    seed = torch.tensor(2)
-    assert torch.autograd.gradcheck(
-        lambda *t: reference.add_layer_norm(*t, eps=1e-5, dropout_p=0.3, seed=seed),
-        (x, residual, weight, bias),
+    layer = F.layer_norm(x + residual, (5,), weight, bias, 1e-5)
+    rms = F.rms_norm(x + residual, (5,), weight, 1e-5)
+    for expected, shift in ((layer, bias), (rms, None)):
+        options = {"rms": shift is None, "eps": 1e-5}
+        inputs = (x, residual, weight, shift)
+        (y,) = reference.add_norm(*inputs, return_residual=False, **options)
+        torch.testing.assert_close(y, expected)
+        y, total = reference.add_norm(*inputs, return_residual=True, **options)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(total, x + residual)
+        options |= {"dropout_p": 0.3, "seed": torch.tensor(2)}
+        for pre in (False, True):
+            function = functools.partial(reference.add_norm, return_residual=pre, **options)
+            assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_the_returned_residual_is_normalised_as_rounded():
+    torch.manual_seed(5)
+    x, residual = torch.randn(2, 9, 40, dtype=torch.bfloat16).unbind()
+    weight = torch.ones(40)
+    y, total = reference.add_norm(
+        x, residual, weight, None, rms=True, return_residual=True, eps=1e-6
     )
-    assert torch.autograd.gradcheck(
-        lambda *t: reference.add_rms_norm(*t, eps=1e-5, dropout_p=0.3, seed=seed),
-        (x, residual, weight),
+    assert torch.equal(y, F.rms_norm(total.float(), (40,), weight, 1e-6).bfloat16())
+    (post,) = reference.add_norm(
+        x, residual, weight, None, rms=True, return_residual=False, eps=1e-6
     )
+    exact = F.rms_norm(x.float() + residual.float(), (40,), weight, 1e-6).bfloat16()
+    assert torch.equal(post, exact)
+    assert not torch.equal(post, y)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

@@ -17,9 +17,13 @@ _TRITON_OPS = (
     "varlen_attention",
     "decode_attention",
     "feed_forward",
+    "gated_feed_forward",
     "add_layer_norm",
+    "add_rms_norm",
     "linear_cross_entropy",
 )
+# A row of the Triton norms stays in the registers of one program.
+_MAX_NORM_WIDTH = 8192
 _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 #: Device types on which Triton kernels can be launched. A test adds "cpu" while something executes
@@ -73,6 +77,10 @@ def refusal(backend: str, request: Request) -> str | None:
         return f"there is no Triton kernel for {request.op} yet"
     if request.dtype not in _HALF_AND_SINGLE:
         return f"the Triton kernels take float32, float16 and bfloat16, not {request.dtype}"
+    if request.op in ("add_layer_norm", "add_rms_norm"):
+        width = request.shapes[0][-1] if request.shapes else 0
+        if width > _MAX_NORM_WIDTH:
+            return f"the Triton norms take rows of at most {_MAX_NORM_WIDTH} values, not {width}"
     if request.head_dim and not 8 <= request.head_dim <= 256:
         return f"the Triton kernels take head dims from 8 to 256, not {request.head_dim}"
     return None

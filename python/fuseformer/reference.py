@@ -318,49 +318,54 @@ def feed_forward(
 
 
 def gated_feed_forward(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, activation: str
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    activation: str,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """Return ``(activation(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T``.
+    """Return ``dropout(activation(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T`` for `x` (T, width).
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    return F.linear(apply_activation(F.linear(x, w_gate), activation) * F.linear(x, w_up), w_down)
+    hidden = apply_activation(F.linear(x, w_gate), activation) * F.linear(x, w_up)
+    return F.linear(dropout(hidden, dropout_p, seed, 0), w_down)
 
 
-def add_layer_norm(
+def add_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     *,
+    rms: bool,
+    return_residual: bool,
     eps: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> Tensor:
-    """Return ``layer_norm(residual + dropout(x))`` over the last dimension of `x` (T, width)."""
-    total = widened(residual) + dropout(widened(x), dropout_p, seed, 1)
-    shift = None if bias is None else bias.to(total.dtype)
-    return F.layer_norm(total, x.shape[-1:], weight.to(total.dtype), shift, eps).to(x.dtype)
+) -> tuple[Tensor, ...]:
+    """Return the norm of ``residual + dropout(x)`` over the last dimension of `x` (T, width).
 
+    It is a layer norm or, without a mean and a bias, an RMS norm. With `return_residual` the sum is
+    rounded to the dtype of `x` before it is normalised, and returned too.
 
-def add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    *,
-    eps: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the RMS norm of the new residual, and the new residual ``residual + dropout(x)``.
-
-    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+    Source: Ba, Kiros, Hinton, "Layer Normalization", 2016; Zhang and Sennrich, "Root Mean Square
+    Layer Normalization", 2019.
     """
     total = widened(residual) + dropout(widened(x), dropout_p, seed, 1)
-    residual = total.to(x.dtype)
-    return F.rms_norm(widened(residual), x.shape[-1:], weight.to(total.dtype), eps).to(
-        x.dtype
-    ), residual
+    rounded = total.to(x.dtype)
+    if return_residual:
+        total = widened(rounded)
+    wide_weight, shape = weight.to(total.dtype), x.shape[-1:]
+    if rms:
+        y = F.rms_norm(total, shape, wide_weight, eps)
+    else:
+        shift = None if bias is None else bias.to(total.dtype)
+        y = F.layer_norm(total, shape, wide_weight, shift, eps)
+    return (y.to(x.dtype), rounded) if return_residual else (y.to(x.dtype),)
 
 
 def linear_cross_entropy(

@@ -38,7 +38,8 @@ def add_and_norm(norm: Any, x: Tensor, residual: Tensor, dropout: Any) -> Tensor
 class AddLayerNorm(torch.nn.Module):
     """``layer_norm(residual + dropout(x))``, the end of a post-LN sublayer.
 
-    `width` is the size of the last dimension. Parameters `weight` and `bias` (width,) are those of
+    With `return_residual` a call returns that sum too, for a pre-LN sublayer. `width` is the size
+    of the last dimension. Parameters `weight` and `bias` (width,) are those of
     `torch.nn.LayerNorm`.
     """
 
@@ -50,19 +51,32 @@ class AddLayerNorm(torch.nn.Module):
         eps: float = 1e-5,
         dropout: float = 0.0,
         bias: bool = True,
+        return_residual: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.width, self.eps, self.dropout = width, eps, dropout
+        self.return_residual = return_residual
         self.weight = torch.nn.Parameter(torch.ones(width, device=device, dtype=dtype))
         zeros = torch.nn.Parameter(torch.zeros(width, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", zeros)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return the normalised sum of `x` and `residual`, all (..., width)."""
+    def forward(self, x: Tensor, residual: Tensor) -> Any:
+        """Return the normalised sum of `x` and `residual`, all (..., width), and the sum if asked.
+
+        The sum comes with `return_residual`, second.
+        """
         p = self.dropout if self.training else 0.0
-        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps, dropout_p=p)
+        return add_layer_norm(
+            x,
+            residual,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            dropout_p=p,
+            return_residual=self.return_residual,
+        )
 
     def extra_repr(self) -> str:
         """Return the options, for printing."""
@@ -72,8 +86,8 @@ class AddLayerNorm(torch.nn.Module):
 class AddRMSNorm(torch.nn.Module):
     """The RMS norm of ``residual + dropout(x)`` and that sum, the start of a pre-LN sublayer.
 
-    `width` is the size of the last dimension; the parameter `weight` (width,) is that of
-    `torch.nn.RMSNorm`.
+    Without `return_residual` a call returns the norm alone, for a post-LN sublayer. `width` is the
+    size of the last dimension; the parameter `weight` (width,) is that of `torch.nn.RMSNorm`.
     """
 
     def __init__(
@@ -81,17 +95,29 @@ class AddRMSNorm(torch.nn.Module):
         width: int,
         eps: float = 1e-6,
         dropout: float = 0.0,
+        return_residual: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.width, self.eps, self.dropout = width, eps, dropout
+        self.return_residual = return_residual
         self.weight = torch.nn.Parameter(torch.ones(width, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the normalised sum and the sum, each (..., width) like `x` and `residual`."""
+    def forward(self, x: Tensor, residual: Tensor) -> Any:
+        """Return the normalised sum and the sum, each (..., width) like `x` and `residual`.
+
+        Without `return_residual` only the first.
+        """
         p = self.dropout if self.training else 0.0
-        return add_rms_norm(x, residual, self.weight, eps=self.eps, dropout_p=p)
+        return add_rms_norm(
+            x,
+            residual,
+            self.weight,
+            eps=self.eps,
+            dropout_p=p,
+            return_residual=self.return_residual,
+        )
 
     def extra_repr(self) -> str:
         """Return the options, for printing."""

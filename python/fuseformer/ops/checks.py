@@ -80,6 +80,12 @@ def not_negative(name: str, value: Any) -> float:
     return number
 
 
+def boolean(name: str, value: Any) -> None:
+    """Require True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected True or False")
+
+
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Require `value` to be one of the strings `allowed`."""
     if value not in allowed:

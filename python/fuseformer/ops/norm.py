@@ -1,7 +1,7 @@
-"""Residual addition, dropout and normalisation in one op: the public functions and custom ops."""
+"""Residual addition, dropout and normalisation in one op: public functions, custom op."""
 
 import importlib
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,160 +18,136 @@ def _kernels(backend: str) -> Any:
     return importlib.import_module(f"{package}.norm")
 
 
-@torch.library.custom_op("fuseformer::add_layer_norm", mutates_args=())
-def _add_layer_norm(
+@torch.library.custom_op("fuseformer::add_norm", mutates_args=())
+def _add_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     seed: Tensor | None,
+    rms: bool,
+    return_residual: bool,
     eps: float,
     dropout_p: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    record(request_for("add_layer_norm", x), backend)
-    return _kernels(backend).add_layer_norm_forward(x, residual, weight, bias, seed, eps, dropout_p)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    record(request_for("add_rms_norm" if rms else "add_layer_norm", x), backend)
+    y, total, mean, rstd = _kernels(backend).add_norm_forward(
+        x, residual, weight, bias, seed, rms, return_residual, eps, dropout_p
+    )
+    return y, present(total, x), present(mean, rstd), rstd
 
 
-@_add_layer_norm.register_fake
-def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(x.shape[:1], dtype=lse_dtype(x)) for _ in range(2))
-    return torch.empty_like(x), mean, rstd
-
-
-@torch.library.custom_op("fuseformer::add_layer_norm_backward", mutates_args=())
-def _add_layer_norm_backward(
-    dy: Tensor,
+@_add_norm.register_fake
+def _(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    rms: bool,
+    return_residual: bool,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x.new_empty(x.shape if return_residual else (0,))
+    rstd = x.new_empty(x.shape[:1], dtype=lse_dtype(x))
+    return x.new_empty(x.shape), total, rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
+
+
+@torch.library.custom_op("fuseformer::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
     has_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dresidual, dweight, dbias = _kernels(backend).add_layer_norm_backward(
-        dy, x, residual, weight, mean, rstd, seed, dropout_p, has_bias
+    dx, dresidual, dweight, dbias = _kernels(backend).add_norm_backward(
+        dy, dtotal, x, residual, weight, mean, rstd, seed, dropout_p, has_bias
     )
-    return dx, dresidual, dweight, present(dbias, x)
+    return present(dx, x), dresidual, dweight, present(dbias, weight)
 
 
-@_add_layer_norm_backward.register_fake
+@_add_norm_backward.register_fake
 def _(
     dy: Tensor,
+    dtotal: Tensor | None,
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
     has_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dbias = torch.empty_like(weight) if has_bias else x.new_empty(0)
-    return torch.empty_like(x), torch.empty_like(residual), torch.empty_like(weight), dbias
+    dx = x.new_empty((0,) if seed is None else x.shape)
+    dbias = weight.new_empty(weight.shape if has_bias else (0,))
+    return dx, x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
 
-def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, seed, eps, dropout_p, backend = inputs
-    ctx.save_for_backward(x, residual, weight, output[1], output[2], seed)
-    ctx.options, ctx.eps = (dropout_p, bias is not None, backend), eps
-    ctx.mark_non_differentiable(*output[1:])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, seed, *ctx.options = inputs
+    _, total, mean, rstd = output
+    rms, return_residual = ctx.options[:2]
+    summands = (total, None) if return_residual else (x, residual)
+    ctx.save_for_backward(*summands, weight, None if rms else mean, rstd, seed)
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(*([] if return_residual else [total]), mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
-def _backward_layer(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    x, residual, weight, mean, rstd, seed = ctx.saved_tensors
+    rms, return_residual, eps, dropout_p, backend = ctx.options
+    if dy is None and dtotal is None:
+        return (None,) * 10
+    dy = torch.zeros_like(x) if dy is None else dy
     if torch.is_grad_enabled():
-        *inputs, _, _, seed = ctx.saved_tensors
+        p = 0.0 if return_residual else dropout_p
 
-        def formula(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-            return reference.add_layer_norm(
-                x, residual, weight, None, eps=ctx.eps, dropout_p=ctx.options[0], seed=seed
-            )
+        def formula(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            options = {"rms": rms, "return_residual": return_residual, "eps": eps}
+            return reference.add_norm(x, residual, weight, None, dropout_p=p, seed=seed, **options)
 
-        dbias = dy.sum(0).to(inputs[2].dtype) if ctx.options[1] else None
-        return (*second_derivatives(formula, inputs, (dy,)), dbias, *(None,) * 4)
-    dx, dresidual, dweight, dbias = _add_layer_norm_backward(
-        dy.contiguous(), *ctx.saved_tensors, *ctx.options
-    )
-    return dx, dresidual, dweight, dbias if ctx.options[1] else None, None, None, None, None
+        inputs = (torch.zeros_like(x), x, weight) if return_residual else (x, residual, weight)
+        gradients = (dy, dtotal) if return_residual else (dy,)
+        dx, dresidual, dweight = second_derivatives(formula, inputs, gradients)
+        if return_residual and dresidual is not None:
+            dx = reference.dropout(dresidual, dropout_p, seed, 1)
+        dbias = dy.sum(0).to(weight.dtype)
+    else:
+        gradient, dresidual, dweight, dbias = _add_norm_backward(
+            dy, dtotal, x, residual, weight, mean, rstd, seed, dropout_p, ctx.has_bias, backend
+        )
+        dx = dresidual if seed is None else gradient
+    return dx, dresidual, dweight, dbias if ctx.has_bias else None, *(None,) * 6
 
 
-_add_layer_norm.register_autograd(_backward_layer, setup_context=_save_layer)
-register_autocast(_add_layer_norm, ("x", "residual"))
+_add_norm.register_autograd(_backward, setup_context=_save)
+register_autocast(_add_norm, ("x", "residual"))
 
 
-@torch.library.custom_op("fuseformer::add_rms_norm", mutates_args=())
-def _add_rms_norm(
+def _checked_add_norm(
+    op: str,
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
-    seed: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    record(request_for("add_rms_norm", x), backend)
-    return _kernels(backend).add_rms_norm_forward(x, residual, weight, seed, eps, dropout_p)
-
-
-@_add_rms_norm.register_fake
-def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[:1], dtype=lse_dtype(x))
-
-
-@torch.library.custom_op("fuseformer::add_rms_norm_backward", mutates_args=())
-def _add_rms_norm_backward(
-    dy: Tensor,
-    dnew_residual: Tensor,
-    new_residual: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(backend).add_rms_norm_backward(
-        dy, dnew_residual, new_residual, weight, rstd, seed, dropout_p
-    )
-
-
-@_add_rms_norm_backward.register_fake
-def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(dy), torch.empty_like(dy), torch.empty_like(arguments[2])
-
-
-def _save_rms(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, weight, seed, eps, dropout_p, backend = inputs
-    ctx.save_for_backward(output[1], weight, output[2], seed)
-    ctx.options, ctx.eps = (dropout_p, backend), eps
-    ctx.mark_non_differentiable(output[2])
-
-
-def _backward_rms(ctx: Any, dy: Tensor, dnew_residual: Tensor, _: Any) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():
-        total, weight, _, seed = ctx.saved_tensors
-        zero = torch.zeros_like(total)
-
-        def formula(total: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            return reference.add_rms_norm(zero, total, weight, eps=ctx.eps)
-
-        dtotal, dweight = second_derivatives(formula, (total, weight), (dy, dnew_residual))
-        dx = None if dtotal is None else reference.dropout(dtotal, ctx.options[0], seed, 1)
-        return dx, dtotal, dweight, None, None, None, None
-    gradients = _add_rms_norm_backward(
-        dy.contiguous(), dnew_residual.contiguous(), *ctx.saved_tensors, *ctx.options
-    )
-    return (*gradients, None, None, None, None)
-
-
-_add_rms_norm.register_autograd(_backward_rms, setup_context=_save_rms)
-register_autocast(_add_rms_norm, ("x", "residual"))
-
-
-def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    seed: int | Tensor | None,
+    return_residual: bool,
+    backend: str | None,
+) -> Any:
+    """Check the arguments of the public function `op`, choose a backend and return its results."""
     checks.tensor("x", x)
     checks.tensor("residual", residual, like=x)
     checks.shape("residual", residual, tuple(x.shape), "the shape of x")
@@ -180,6 +156,65 @@ def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> 
             checks.tensor(name, parameter, 1)
             checks.device(name, parameter, x)
             checks.shape(name, parameter, tuple(x.shape[-1:]), "(width,)")
+    eps = checks.finite("eps", eps, positive=True)
+    p = checks.probability("dropout_p", dropout_p)
+    checks.boolean("return_residual", return_residual)
+    dtype = autocast_dtype(x)
+    request = request_for(op, x, requested=requested_backend(backend), dtype=dtype)
+    name, _ = choose_backend(request)
+    seed_tensor = checks.dropout_seed(seed, p, x)
+    rows, residual_rows = (t.reshape(-1, x.shape[-1]) for t in (x, residual))
+    rms = op == "add_rms_norm"
+    results: tuple[Tensor, ...]
+    if name == "reference":
+        record(request, name)
+        results = reference.add_norm(
+            rows.to(dtype),
+            residual_rows.to(dtype),
+            weight,
+            bias,
+            rms=rms,
+            return_residual=return_residual,
+            eps=eps,
+            dropout_p=p,
+            seed=seed_tensor,
+        )
+    else:
+        results = _add_norm(
+            rows, residual_rows, weight, bias, seed_tensor, rms, return_residual, eps, p, name
+        )
+    y = results[0].view(x.shape)
+    return (y, results[1].view(x.shape)) if return_residual else y
+
+
+@overload
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float = ...,
+    dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
+    return_residual: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float = ...,
+    dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
+    return_residual: bool,
+    backend: str | None = ...,
+) -> Any: ...
 
 
 def add_layer_norm(
@@ -191,33 +226,49 @@ def add_layer_norm(
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    return_residual: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """Return ``layer_norm(residual + dropout(x))``, the end of a post-LN sublayer.
 
     Shapes: `x` and `residual` (..., width), `weight` and `bias` (width,), in the dtype of `x` or in
-    float32. Returns (..., width) in the dtype of `x`; sums are taken in float32. Raises
-    `ValueError` or `TypeError` that names the argument.
+    float32. Returns (..., width) in the dtype of `x`; sums are taken in float32. With
+    `return_residual` it is the start of a pre-LN sublayer: the sum is rounded to the dtype of `x`,
+    normalised as rounded, and returned too, as (y, residual). Raises `ValueError` or `TypeError`
+    that names the argument.
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
-    _check(x, residual, weight, bias)
-    eps = checks.finite("eps", eps, positive=True)
-    p = checks.probability("dropout_p", dropout_p)
-    dtype = autocast_dtype(x)
-    request = request_for("add_layer_norm", x, requested=requested_backend(backend), dtype=dtype)
-    name, _ = choose_backend(request)
-    seed_tensor = checks.dropout_seed(seed, p, x)
-    rows, residual_rows = (t.reshape(-1, x.shape[-1]) for t in (x, residual))
-    if name == "reference":
-        record(request, name)
-        rows, residual_rows = rows.to(dtype), residual_rows.to(dtype)
-        y = reference.add_layer_norm(
-            rows, residual_rows, weight, bias, eps=eps, dropout_p=p, seed=seed_tensor
-        )
-    else:
-        y, _, _ = _add_layer_norm(rows, residual_rows, weight, bias, seed_tensor, eps, p, name)
-    return y.view(x.shape)
+    options = (eps, dropout_p, seed, return_residual, backend)
+    return _checked_add_norm("add_layer_norm", x, residual, weight, bias, *options)
+
+
+@overload
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
+    return_residual: Literal[True] = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
+    return_residual: bool,
+    backend: str | None = ...,
+) -> Any: ...
 
 
 def add_rms_norm(
@@ -228,29 +279,18 @@ def add_rms_norm(
     eps: float,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    return_residual: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     """Return the RMS norm of ``residual + dropout(x)`` and that sum, the next residual (pre-LN).
 
-    Shapes: `x` and `residual` (..., width), `weight` (width,). Returns two tensors (..., width) in
-    the dtype of `x`. Raises `ValueError` or `TypeError` that names the argument.
+    Shapes: `x` and `residual` (..., width), `weight` (width,), in the dtype of `x` or in float32.
+    Returns two tensors (..., width) in the dtype of `x`, the second rounded before it is
+    normalised. Without `return_residual` it is the end of a post-LN sublayer: the sum is normalised
+    as it is, and only the norm returned. Raises `ValueError` or `TypeError` that names the
+    argument.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
-    _check(x, residual, weight, None)
-    eps = checks.finite("eps", eps, positive=True)
-    p = checks.probability("dropout_p", dropout_p)
-    dtype = autocast_dtype(x)
-    request = request_for("add_rms_norm", x, requested=requested_backend(backend), dtype=dtype)
-    name, _ = choose_backend(request)
-    seed_tensor = checks.dropout_seed(seed, p, x)
-    rows, residual_rows = (t.reshape(-1, x.shape[-1]) for t in (x, residual))
-    if name == "reference":
-        record(request, name)
-        rows, residual_rows = rows.to(dtype), residual_rows.to(dtype)
-        y, total = reference.add_rms_norm(
-            rows, residual_rows, weight, eps=eps, dropout_p=p, seed=seed_tensor
-        )
-    else:
-        y, total, _ = _add_rms_norm(rows, residual_rows, weight, seed_tensor, eps, p, name)
-    return y.view(x.shape), total.view(x.shape)
+    options = (eps, dropout_p, seed, return_residual, backend)
+    return _checked_add_norm("add_rms_norm", x, residual, weight, None, *options)

@@ -69,6 +69,8 @@ def second_derivatives(
     results. Backward takes this way where autograd records it (``create_graph=True``): the backward
     kernels have no derivative of their own. Things among `inputs` that need no gradient give None.
     """
+    # Views, for an input may be a result of another one, of this very op, or given twice.
+    inputs = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
     results = formula(*inputs)
     results = results if isinstance(results, tuple) else (results,)
     used = [(y, g) for y, g in zip(results, gradients, strict=True) if g is not None]
