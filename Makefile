@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 WORKERS ?= 2
 
-.PHONY: help demo test compile-matrix lint format clean
+.PHONY: help demo test sanitize compile-matrix lint format clean
 
 help:
 	@echo "make demo            pretrain, tune, judge and report, in minutes on two cores"
 	@echo "make test            the whole test suite, no GPU needed"
-	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (ten minutes)"
+	@echo "make sanitize        the kernels with all their options, executed on the CPU (an hour)"
+	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (an hour at first)"
 	@echo "make lint            ruff, mypy and clang-format, as in CI"
 	@echo "make format          let ruff and clang-format rewrite the sources"
 	@echo "make clean           remove .venv and everything built"
@@ -21,7 +22,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-		--editable '.[tune,bench,dev]'
+		--editable '.[tune,bench,scores,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	touch $@
 
@@ -31,9 +32,13 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
+sanitize: $(READY)
+	FUSEFORMER_SANITIZE=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
+		--dist worksteal -q tests/test_kernels_*.py
+
 compile-matrix: $(READY)
-	FUSEFORMER_COMPILE_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
-		--dist worksteal -q tests/test_compile_kernels.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench scores --workers $(WORKERS) \
+		--output bench/results/compile_matrix.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,8 @@
-"""``python -m bench NAME``: verify, time, print, and write JSON and a plot."""
+"""``python -m bench NAME``: verify, time, print, and write JSON and a plot.
+
+``python -m bench scores`` and ``python -m bench bytes`` look at the Triton kernels without a GPU;
+each says what it does with ``--help``.
+"""
 
 import argparse
 import importlib
@@ -10,12 +14,21 @@ import torch
 from .report import save, table
 
 BENCHMARKS = ("attention", "feed_forward", "layer", "train_step")
+#: Commands with arguments of their own, and their modules.
+MEASURES = {"scores": "scores", "bytes": "traffic"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> int:
     """Run the benchmark that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    if sys.argv[1:] and sys.argv[1] in MEASURES:
+        module = importlib.import_module(f".{MEASURES[sys.argv[1]]}", __package__)
+        return module.main(sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: checks, not figures")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

@@ -1,5 +1,6 @@
 """Fixtures that more than one test file needs."""
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,19 @@ import pytest
 # What test files share lies in its own folder: the repository root stays off the path, where
 # `kernels` would shadow somebody else's package.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+
+def _offer_bench() -> None:
+    """Let test files import `bench`, which is not installed."""
+    folder = Path(__file__).parent.parent / "bench"
+    spec = importlib.util.spec_from_file_location(
+        "bench", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    sys.modules["bench"] = importlib.util.module_from_spec(spec)
+
+
+_offer_bench()
 
 
 @pytest.fixture(scope="module")

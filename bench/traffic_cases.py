@@ -1,0 +1,73 @@
+"""The calls whose traffic is counted: small, because they are executed on the CPU."""
+
+from collections.abc import Callable
+
+import torch
+from fuseformer.kernels import attention, cross_entropy, feed_forward, norm
+
+
+def _attention(
+    lengths: tuple[int, int],
+    dim: int,
+    *,
+    causal: str = "none",
+    window: int = -1,
+    key_lengths: tuple[int, ...] = (),
+    kv_heads: int = 2,
+    bias: bool = False,
+) -> None:
+    batch = max(1, len(key_lengths))
+    q = torch.randn(batch, 2, lengths[0], dim, dtype=torch.bfloat16)
+    k = torch.randn(batch, kv_heads, lengths[1], dim, dtype=torch.bfloat16)
+    real = torch.tensor(key_lengths, dtype=torch.int32) if key_lengths else None
+    added = torch.randn(1, 2, *lengths, dtype=torch.bfloat16) if bias else None
+    masks = (added, None, real, None, None)
+    options = (None, causal, window, -1, 0.0, dim**-0.5, 0.0)
+    out, lse = attention.attention_forward(q, k, k, *masks, *options)
+    attention.attention_backward(out, None, q, k, k, out, lse, *masks, *options, False)
+
+
+def _feed_forward(tokens: int, width: int, hidden: int) -> None:
+    x, w1, b1, w2, b2 = (
+        torch.randn(shape, dtype=torch.bfloat16)
+        for shape in ((tokens, width), (hidden, width), hidden, (width, hidden), width)
+    )
+    options = (None, "gelu", 0.0)
+    y, pre = feed_forward.feed_forward_forward(x, w1, b1, w2, b2, *options)
+    feed_forward.feed_forward_backward(y, x, w1, b1, w2, pre, *options, True)
+
+
+def _norm(tokens: int, width: int) -> None:
+    x = torch.randn(tokens, width, dtype=torch.bfloat16)
+    weight = torch.randn(width)
+    forward = (x, x, weight, weight, None, False, True, 1e-5, 0.0)
+    y, total, mean, rstd = norm.add_norm_forward(*forward)
+    norm.add_norm_backward(y, total, total, None, weight, mean, rstd, None, 0.0, True)
+
+
+def _loss(tokens: int, width: int, vocab: int) -> None:
+    hidden, weight = (torch.randn(n, width, dtype=torch.bfloat16) for n in (tokens, vocab))
+    target = torch.arange(tokens) % vocab
+    options = (-100, 0.0, 0.0, 0.0, "mean", True)
+    cross_entropy.linear_cross_entropy_forward(hidden, weight, None, target, *options)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "attention 512x512x64": lambda: _attention((512, 512), 64),
+    "attention 512x512x64 causal": lambda: _attention((512, 512), 64, causal="top_left"),
+    "attention 512x512x128 causal": lambda: _attention((512, 512), 128, causal="top_left"),
+    "attention 257x511x72 bottom right, grouped": lambda: _attention(
+        (257, 511), 72, causal="bottom_right", kv_heads=1
+    ),
+    "attention 512x512x64 window 100": lambda: _attention(
+        (512, 512), 64, causal="top_left", window=100
+    ),
+    "attention 128x512x64 key lengths 512, 77": lambda: _attention(
+        (128, 512), 64, key_lengths=(512, 77)
+    ),
+    "attention 256x256x64 bias": lambda: _attention((256, 256), 64, bias=True),
+    "feed-forward 8192x32x64": lambda: _feed_forward(8192, 32, 64),
+    "feed-forward 128x512x640": lambda: _feed_forward(128, 512, 640),
+    "norm 128x1024": lambda: _norm(128, 1024),
+    "loss 32x16x5000": lambda: _loss(32, 16, 5000),
+}
