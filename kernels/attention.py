@@ -14,7 +14,7 @@ from torch import Tensor
 from .attention_backward import attention_backward, varlen_attention_backward
 from .attention_configs import forward_tiles
 from .attention_layout import Layout, Options, positive_scale
-from .attention_logits import LN2, LOG2E, finished_logits, key_ranges, scoring_of
+from .attention_logits import LN2, LOG2E, finished_logits, first_products, key_ranges, scoring_of
 from .attention_tiles import (
     RUNTIME_SIZES,
     aligned,
@@ -66,7 +66,8 @@ def _attend(
         if MASKED and scoring.window_left is not None:
             start = tl.where(place < head_end, place, place + gap)
         k = load_tile(k_base, k_offsets, start, stride_ks, scoring.key_end, HEAD_DIM, MASKED)
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        products = first_products(row, start, scoring, 1, MASKED, BLOCK_M, BLOCK_N)
+        products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
         logits, factor, _ = finished_logits(
             products, row, start, scoring, 1, MASKED, False, not MASKED
         )

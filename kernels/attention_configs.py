@@ -45,31 +45,44 @@ _FORWARD: _Table = {
     256: {"lean": Tiles(64, 64, 32, 8, 2)},
 }
 _KEY_GRADIENT: _Table = {
-    16: {"lean": Tiles(64, 128, 32, 8, 2)},
-    32: {"lean": Tiles(64, 128, 64, 8, 2), "dropout": Tiles(32, 128, 32, 8, 2)},
+    16: {"lean": Tiles(64, 128, 32, 8, 2), "logits": Tiles(32, 128, 32, 8, 2)},
+    32: {
+        "lean": Tiles(64, 128, 64, 8, 2),
+        "dropout": Tiles(32, 128, 32, 8, 2),
+        "everything": Tiles(32, 64, 32, 8, 2),
+    },
     64: {
         "lean": Tiles(64, 128, 32, 8, 2),
         "general": Tiles(32, 64, 32, 8, 2),
         "dropout": Tiles(32, 128, 32, 8, 2),
+        "logits": Tiles(32, 64, 32, 8, 1),
+        "everything": Tiles(32, 32, 32, 4, 2),
     },
-    128: {"lean": Tiles(32, 64, 16, 4, 2), "general": Tiles(32, 64, 32, 8, 2)},
-    256: {"lean": Tiles(32, 64, 32, 8, 1), "general": Tiles(16, 64, 16, 8, 1)},
+    128: {
+        "lean": Tiles(32, 64, 16, 4, 2),
+        "general": Tiles(32, 64, 32, 8, 2),
+        "everything": Tiles(32, 32, 32, 8, 1),
+    },
+    256: {
+        "lean": Tiles(32, 64, 32, 8, 1),
+        "general": Tiles(16, 64, 16, 8, 1),
+        "logits": Tiles(16, 32, 16, 8, 1),
+    },
 }
 _QUERY_GRADIENT: _Table = {
     16: {"lean": Tiles(128, 64, 64, 8, 2)},
     32: {"lean": Tiles(128, 64, 64, 8, 2)},
-    64: {"lean": Tiles(128, 64, 64, 8, 2)},
-    128: {"lean": Tiles(128, 32, 32, 8, 2)},
+    64: {"lean": Tiles(128, 64, 64, 8, 2), "logits": Tiles(128, 32, 32, 8, 2)},
+    128: {"lean": Tiles(128, 32, 32, 8, 2), "logits": Tiles(64, 32, 32, 8, 2)},
     256: {"lean": Tiles(64, 32, 32, 8, 1), "dropout": Tiles(64, 32, 32, 8, 2)},
 }
-
 # The bias gradient holds one accumulator, and both operands of both products at once.
 _BIAS_GRADIENT: _Table = {
-    16: {"lean": Tiles(64, 64, 64, 4, 1)},
-    32: {"lean": Tiles(64, 64, 64, 4, 1)},
-    64: {"lean": Tiles(64, 64, 64, 4, 1)},
-    128: {"lean": Tiles(64, 64, 64, 8, 1)},
-    256: {"lean": Tiles(32, 32, 32, 4, 1)},
+    16: {"logits": Tiles(64, 64, 64, 8, 2)},
+    32: {"logits": Tiles(64, 64, 64, 8, 2)},
+    64: {"logits": Tiles(32, 64, 64, 4, 2)},
+    128: {"logits": Tiles(32, 64, 64, 8, 2)},
+    256: {"logits": Tiles(32, 64, 64, 8, 1)},
 }
 
 #: Rows that take the place of those above in a family.

@@ -11,7 +11,7 @@ Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Wor
 import triton
 import triton.language as tl
 
-from .attention_logits import finished_logits, key_ranges, query_ranges, scoring_of
+from .attention_logits import finished_logits, first_products, key_ranges, query_ranges, scoring_of
 from .attention_tiles import (
     RUNTIME_SIZES,
     aligned,
@@ -66,7 +66,8 @@ def _add_key_gradients(
         else:
             lse = tl.load(lse_base + rows)  # (BLOCK_M,)
             delta = tl.load(delta_base + rows)  # (BLOCK_M,)
-        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        products = first_products(row, first_key, scoring, 0, HIDES, BLOCK_M, BLOCK_N)
+        products = tl.dot(k, tl.trans(q), products, input_precision=PRECISION)
         logits, factor, derivative = finished_logits(
             products, row, first_key, scoring, 0, HIDES, not MASKED, False
         )
@@ -99,7 +100,8 @@ def logit_gradients(
     """
     BLOCK_M: tl.constexpr = q.shape[0]
     BLOCK_N: tl.constexpr = k.shape[0]
-    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+    products = first_products(row, start, scoring, 1, MASKED, BLOCK_M, BLOCK_N)
+    products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     logits, factor, derivative = finished_logits(
         products, row, start, scoring, 1, MASKED, False, KEYS_EXIST
     )
