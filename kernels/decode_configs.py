@@ -26,8 +26,8 @@ class Tiles(NamedTuple):
 
 #: 16-bit inputs by head dim: the most rows, which take 8 warps past 32.
 _TILES = {
-    16: Tiles(64, 128, 4, 4),
-    32: Tiles(64, 128, 4, 4),
+    16: Tiles(64, 64, 4, 5),
+    32: Tiles(64, 64, 4, 5),
     64: Tiles(64, 64, 4, 4),
     128: Tiles(64, 64, 4, 3),
     256: Tiles(64, 32, 4, 3),
@@ -42,7 +42,11 @@ _EXCEPTIONS: dict[str, dict[int, Tiles]] = {
     },
     # more than 200 KiB, and more bandwidth to keep busy
     "sm_90": {128: Tiles(64, 64, 4, 4), 256: Tiles(64, 32, 4, 4)},
-    "sm_100": {128: Tiles(64, 64, 4, 4), 256: Tiles(64, 32, 4, 4)},
+    "sm_100": {
+        64: Tiles(64, 128, 4, 3),
+        128: Tiles(64, 32, 4, 5),
+        256: Tiles(64, 32, 4, 4),
+    },
 }
 # Single precision has no tensor cores: small tiles, the same for every family.
 _SINGLE = {

@@ -1,5 +1,9 @@
 """The decode kernels, executed on the CPU, on awkward shapes against the oracle."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from decode_checks import LENGTHS, Case, arguments, check_decode
@@ -107,6 +111,43 @@ def test_empty_batches_queries_and_caches(batch, queries, capacity, pages):
     out, lse = kernels.decode_attention(q, cache, cache, lengths, table, None, sinks, -1, 0.0, 1.0)
     assert not out.any()
     assert torch.equal(lse, sinks[:, None].expand(batch, 4, queries))
+
+
+PAST_32_BITS = """
+import torch
+from fuseformer import reference
+from fuseformer.kernels import decode as kernels
+
+room = torch.empty(2**31 + 2**28, dtype=torch.float16)  # of which little is ever touched
+page = torch.tensor([[1]], dtype=torch.int32)
+far = (2**31 + 64, 16, 16, 1)
+for shape, strides, table in (
+    ((2, 1, 16, 16), far, None),
+    ((2, 1, 16, 16), far, page),
+    ((1, 1, 18, 16), (0, 0, 2**27, 1), None),
+):
+    cache = room.as_strided(shape, strides).normal_()
+    batch = shape[0] if table is None else 1
+    q, lengths = torch.randn(batch, 1, 1, 16).half(), torch.full((batch,), shape[2])
+    out, _ = kernels.decode_attention(q, cache, cache, lengths, table, None, None, -1, 0.0, 0.25)
+    exact, _ = reference.decode_attention(
+        q, cache.contiguous(), cache.contiguous(), lengths, block_table=table, scale=0.25
+    )
+    torch.testing.assert_close(out, exact, rtol=0, atol=4e-3)
+print("reached")
+"""
+
+
+def test_caches_of_more_than_2_to_the_31_elements():
+    """In Triton's interpreter, which does not shadow the memory that a tensor spans."""
+    done = subprocess.run(
+        [sys.executable, "-c", PAST_32_BITS],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "reached\n", done.stderr[-3000:]
 
 
 def test_the_public_op_is_served_by_the_kernels():
