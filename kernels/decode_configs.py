@@ -36,6 +36,7 @@ _TILES = {
 _EXCEPTIONS: dict[str, dict[int, Tiles]] = {
     # 100 KiB of shared memory for all programs of a multiprocessor
     "sm_86": {
+        32: Tiles(64, 32, 4, 5),
         64: Tiles(64, 64, 4, 3),
         128: Tiles(64, 32, 4, 3),
         256: Tiles(32, 16, 4, 3),
