@@ -12,6 +12,12 @@ from fuseformer.testing import assert_close_to_reference
 
 pytest.importorskip("ttsem")
 
+
+def angles():
+    angle = torch.arange(33.0)[:, None] / torch.arange(1.0, 9.0)
+    return angle.cos(), angle.sin()
+
+
 CALLS = {
     "attention": (
         lambda q, k, v, backend: ff.attention(
@@ -25,6 +31,27 @@ CALLS = {
             backend=backend,
         ),
         lambda: [torch.randn(2, 4, 33, 24), *(torch.randn(2, 2, 50, 24) for _ in range(2))],
+    ),
+    "attention with a bias": (
+        lambda q, k, v, bias, sinks, backend: ff.attention(
+            q,
+            k,
+            v,
+            causal="bottom_right",
+            window=(20, -1),
+            softcap=8.0,
+            bias=bias,
+            sinks=sinks,
+            alibi_slopes=torch.linspace(0.5, 0.02, 16),
+            backend=backend,
+        ),
+        # Many heads: of a few sinks, PyTorch's own error may happen to be next to nothing.
+        lambda: [
+            torch.randn(1, 16, 33, 24),
+            *(torch.randn(1, 8, 50, 24) for _ in range(2)),
+            torch.randn(16, 33, 50),
+            torch.randn(16),
+        ],
     ),
     "varlen_attention": (
         lambda q, k, v, backend: ff.varlen_attention(
@@ -51,6 +78,16 @@ CALLS = {
             torch.randn(40),
         ],
     ),
+    "gated_feed_forward": (
+        lambda x, w1, w2, w3, backend: ff.gated_feed_forward(
+            x, w1, w2, w3, dropout_p=0.2, seed=3, backend=backend
+        ),
+        lambda: [
+            torch.randn(2, 19, 40),
+            *(torch.randn(72, 40) / 6 for _ in range(2)),
+            torch.randn(40, 72) / 8,
+        ],
+    ),
     "linear_cross_entropy": (
         lambda h, w, backend: ff.linear_cross_entropy(
             h,
@@ -61,6 +98,12 @@ CALLS = {
             backend=backend,
         ),
         lambda: [torch.randn(25, 24), torch.randn(101, 24) / 4],
+    ),
+    "rotary": (
+        lambda q, k, backend: torch.cat(
+            ff.rotary(q, k, *angles(), interleaved=True, backend=backend), 1
+        ),
+        lambda: [torch.randn(2, 4, 33, 24), torch.randn(2, 2, 33, 24)],
     ),
     "add_rms_norm": (
         lambda x, r, w, backend: torch.stack(
@@ -109,8 +152,15 @@ none = None
 q, k, v = leaf(1, 2, 17, 16), leaf(1, 1, 20, 16), leaf(1, 1, 20, 16)
 opcheck(ops.attention.default, (q, k, v, none, none, none, none, none, torch.tensor(3),
         "top_left", -1, -1, 0.0, 0.25, 0.1, "triton"))
+opcheck(ops.attention.default, (q, k, v, leaf(2, 17, 20), none, none, torch.ones(2), leaf(2),
+        torch.tensor(3), "top_left", 9, -1, 5.0, 0.25, 0.1, "triton"))
 opcheck(ops.feed_forward.default, (leaf(17, 16), leaf(32, 16), leaf(32), leaf(16, 32), leaf(16),
         none, "gelu", 0.0, {saves_pre}, "triton"))
+opcheck(ops.gated_feed_forward.default, (leaf(17, 16), leaf(32, 16), leaf(32, 16), leaf(16, 32),
+        none, "silu", 0.0, {saves_pre}, "triton"))
+opcheck(ops.rotary.default, (q, leaf(1, 1, 17, 16), *torch.rand(2, 17, 6), False, True, "triton"))
+opcheck(ops.rotary_inplace.default, (torch.rand(1, 2, 17, 16), torch.rand(1, 1, 17, 16),
+        *torch.rand(2, 17, 6), False, "triton"))
 for rms in (False, True):
     opcheck(ops.add_norm.default, (leaf(9, 16), leaf(9, 16), leaf(16), none if rms else leaf(16),
             torch.tensor(3) if rms else none, rms, rms, 1e-5, 0.1 * rms, "triton"))
@@ -139,6 +189,24 @@ torch.testing.assert_close(attend(q, k, v), expected)
 gradients = torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
 for a, b in zip(gradients, torch.autograd.grad(expected.sum(), (q, k, v))):
     torch.testing.assert_close(a, b)
+
+def block(x, weight, q, k, angle, backend):
+    y, residual = ff.add_rms_norm(x, x + 1, weight, eps=1e-5, backend=backend)
+    y = ff.add_layer_norm(y, residual, weight, None, backend=backend)
+    loss = ff.linear_cross_entropy(y, x, torch.arange(len(x)), z_loss=0.1, backend=backend)
+    turned = ff.rotary(q, k, angle.cos(), angle.sin(), backend=backend)
+    with torch.no_grad():
+        moved = ff.rotary(q * 2, k * 2, angle.cos(), angle.sin(), inplace=True, backend=backend)
+    return loss + sum((a * b).sum() for a, b in zip(turned, moved))
+
+compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+for rows in (9, 14):
+    leaves = leaf(rows, 16), leaf(16), leaf(1, 2, rows, 16), leaf(1, 1, rows, 16)
+    angle = torch.rand(rows, 6)
+    results = [f(*leaves, angle, b) for f, b in ((compiled, "triton"), (block, "reference"))]
+    torch.testing.assert_close(*results)
+    for a, b in zip(*(torch.autograd.grad(y, leaves) for y in results)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 print("interpreted")
 """
 
