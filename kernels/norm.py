@@ -159,6 +159,8 @@ def add_norm_gradient_kernel(
         rows = _program_rows(index, ROWS)  # (ROWS,)
         inside = (rows < tokens)[:, None] & real[None, :]
         offsets = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]  # (ROWS, BLOCK_N)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + rows, mask=rows < tokens, other=0.0)  # (ROWS,)
         rstd = tl.load(rstd_ptr + rows, mask=rows < tokens, other=0.0)  # (ROWS,)
         dy = _load_rows(dy_ptr, offsets, inside)  # (ROWS, BLOCK_N)
         normal = _load_rows(x_ptr, offsets, inside)  # (ROWS, BLOCK_N)
@@ -170,7 +172,6 @@ def add_norm_gradient_kernel(
                 normal = tl.where(keep, normal * dropout_scale, 0.0)
             normal += _load_rows(residual_ptr, offsets, inside)
         if mean_ptr is not None:
-            mean = tl.load(mean_ptr + rows, mask=rows < tokens, other=0.0)  # (ROWS,)
             normal -= mean[:, None]
         # Past the last row dy is 0, and with it all that follows; past the last column too.
         normal *= rstd[:, None]
@@ -180,11 +181,12 @@ def add_norm_gradient_kernel(
         # Loaded anew for every item: the cache has room for it, the registers have none.
         dnormal = dy * _load_rows(weight_ptr, columns, real)[None, :]  # (ROWS, BLOCK_N)
         along = tl.sum(dnormal * normal, 1) / WIDTH  # (ROWS,)
-        dtotal = dnormal - normal * along[:, None]  # (ROWS, BLOCK_N)
+        # One expression each: steps of their own make the widest rows spill.
         if mean_ptr is not None:
             shift = tl.sum(dnormal, 1) / WIDTH  # (ROWS,)
-            dtotal -= shift[:, None]
-        dtotal *= rstd[:, None]
+            dtotal = (dnormal - normal * along[:, None] - shift[:, None]) * rstd[:, None]
+        else:
+            dtotal = (dnormal - normal * along[:, None]) * rstd[:, None]  # (ROWS, BLOCK_N)
         if dtotal_ptr is not None:
             dtotal += past
         tl.store(dresidual_ptr + offsets, dtotal.to(dresidual_ptr.dtype.element_ty), mask=inside)

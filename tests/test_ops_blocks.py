@@ -51,14 +51,17 @@ def test_feed_forward(dtype, activation, rows, biases, p):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
-def test_gated_feed_forward(dtype, activation):
+def test_gated_feed_forward(dtype, activation, p):
     torch.manual_seed(0)
     tensors = [torch.randn(2, 31, 40), *(torch.randn(72, 40) / 6 for _ in range(2))]
     tensors.append(torch.randn(40, 72) / 8)
 
     def call(*tensors, backend):
-        return ff.gated_feed_forward(*tensors, activation=activation, backend=backend)
+        return ff.gated_feed_forward(
+            *tensors, activation=activation, dropout_p=p, seed=5, backend=backend
+        )
 
     judge(call, tensors, dtype)
 
@@ -173,16 +176,54 @@ def test_linear_cross_entropy_never_holds_all_logits():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("batched", [False, True])
-def test_rotary(dtype, batched):
+def test_rotary(dtype, batched, interleaved):
     torch.manual_seed(0)
     angle = torch.rand(2, 9, 6) if batched else torch.rand(9, 6)
     q, k = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16)
 
     def call(q, k, *, backend):
-        return ff.rotary(q, k, angle.cos(), angle.sin(), backend=backend)
+        options = {"interleaved": interleaved, "backend": backend}
+        return ff.rotary(q, k, angle.cos(), angle.sin(), **options)
 
     judge(call, [q, k], dtype)
+
+
+def test_rotary_keeps_the_layout_and_differentiates_twice():
+    q, k = (torch.randn(2, 5, h, 8, dtype=torch.float64).transpose(1, 2) for h in (4, 2))
+    angle = torch.rand(5, 3, dtype=torch.float64)
+    turned = ff.rotary(q, k, angle.cos(), angle.sin())
+    assert [x.stride() for x in turned] == [q.stride(), k.stride()]
+
+    def call(q, k):
+        return ff.rotary(q, k, angle.cos(), angle.sin(), interleaved=True)
+
+    leaves = [x[:1, :, :2].clone().requires_grad_() for x in (q, k)]
+    angle = angle[:2]
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rotary_in_place(backend):
+    q, k, angle = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16), torch.rand(9, 6)
+    tables = (angle.cos(), angle.sin())
+    expected = ff.rotary(q, k, *tables, interleaved=True)
+    q.requires_grad_()
+    with torch.no_grad():
+        found = ff.rotary(q, k, *tables, interleaved=True, inplace=True, backend=backend)
+    assert found[0] is q
+    assert found[1] is k
+    torch.testing.assert_close(found, expected, check_stride=False)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def turn(q, k, cos, sin):
+        q, k = q * 2, k * 2
+        return ff.rotary(q, k, cos, sin, inplace=True, backend="cpu")
+
+    q = q.detach()
+    torch.testing.assert_close(turn(q, k, *tables), ff.rotary(q * 2, k * 2, *tables))
 
 
 def leaf(*shape):
@@ -193,14 +234,19 @@ OPCHECKS = {
     "feed_forward": lambda: (
         leaf(5, 8), leaf(6, 8), leaf(6), leaf(8, 6), leaf(8), torch.tensor(3), "gelu", 0.2, True,
     ),
-    "gated_feed_forward": lambda: (leaf(5, 8), leaf(6, 8), leaf(6, 8), leaf(8, 6), "silu"),
+    "gated_feed_forward": lambda: (
+        leaf(5, 8), leaf(6, 8), leaf(6, 8), leaf(8, 6), torch.tensor(3), "silu", 0.2, True,
+    ),
     "post-norm": lambda: (
         leaf(5, 8), leaf(5, 8), leaf(8), leaf(8), None, False, False, 1e-5, 0.0,
     ),
     "pre-norm": lambda: (
         leaf(5, 8), leaf(5, 8), leaf(8), None, torch.tensor(4), True, True, 1e-5, 0.3,
     ),
-    "rotary": lambda: (leaf(1, 2, 5, 8), leaf(1, 1, 5, 8), *torch.rand(2, 5, 3), False),
+    "rotary": lambda: (leaf(1, 2, 5, 8), leaf(1, 1, 5, 8), *torch.rand(2, 5, 3), False, True),
+    "rotary_inplace": lambda: (
+        torch.rand(1, 2, 5, 8), torch.rand(1, 1, 5, 8), *torch.rand(2, 5, 3), True,
+    ),
     "linear_cross_entropy": lambda: (
         leaf(5, 8), leaf(7, 8), leaf(7), torch.tensor([1, 6, -100, 0, 2]), -100, 0.1, 0.0, 0.1,
         "mean", True,
@@ -263,7 +309,7 @@ def test_equal_dropout_masks_on_all_backends():
     assert 0.4 < kept[0].float().mean() < 0.6
 
 
-X, W = torch.zeros(3, 8), torch.zeros(6, 8)
+X, W, HEADS = torch.zeros(3, 8), torch.zeros(6, 8), torch.zeros(1, 2, 3, 8)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +357,21 @@ X, W = torch.zeros(3, 8), torch.zeros(6, 8)
             lambda: ff.rotary(X[None, None], X[None, None], X[:, :5], X[:, :5]),
             ValueError,
             r"cos: got shape \(3, 5\)",
+        ),
+        *(
+            (lambda q=q, k=k: ff.rotary(q, k, X[:, :4], X[:, :4], inplace=True), error, message)
+            for q, k, error, message in (
+                (leaf(1, 2, 3, 8), HEADS, ValueError, "q: got a tensor that requires a gradient"),
+                (HEADS, leaf(1, 2, 3, 8) * 2, ValueError, "k: got a tensor that requires"),
+                (HEADS, HEADS[:, :1].expand(1, 2, 3, 8), ValueError, "k: got strides"),
+                (torch.zeros(1, 2, 8, 3).mT, HEADS, ValueError, "q: got strides"),
+                (HEADS, HEADS, ValueError, "k: got the same tensor as q"),
+            )
+        ),
+        (
+            lambda: ff.rotary(HEADS, HEADS, X[:, :4], X[:, :4], interleaved="yes"),
+            TypeError,
+            "interleaved: got str",
         ),
     ],
 )

@@ -195,8 +195,8 @@ BUGS = {
     "the gradient keeps its mean": (
         "norm",
         "norm.py",
-        "dtotal -= shift[:, None]",
-        "dtotal -= 0.0",
+        "normal * along[:, None] - shift[:, None]",
+        "normal * along[:, None]",
         norm(ROWS),
     ),
     "the weight gradient keeps its last rows only": (
@@ -237,11 +237,11 @@ BUGS = {
     "the saved sum is dropped from a second time": (
         "norm",
         "norm.py",
-        "        if mean_ptr is not None:\n            mean = tl.load(",
+        "        normal *= rstd[:, None]\n",
         "        if residual_ptr is None:\n"
         "            keep = _row_keep(seed, rows, threshold, BLOCK_N)\n"
         "            normal = tl.where(keep, normal * dropout_scale, 0.0)\n"
-        "        if mean_ptr is not None:\n            mean = tl.load(",
+        "        normal *= rstd[:, None]\n",
         norm(PRE),
     ),
     "a row past the last one is written": (

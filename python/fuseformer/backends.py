@@ -21,6 +21,7 @@ _TRITON_OPS = (
     "add_layer_norm",
     "add_rms_norm",
     "linear_cross_entropy",
+    "rotary",
 )
 # A row of the Triton norms stays in the registers of one program.
 _MAX_NORM_WIDTH = 8192

@@ -405,23 +405,42 @@ def linear_cross_entropy(
     return loss + penalty.sum() / (supervised.sum() if reduction == "mean" else 1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
+def rotated_parts(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Return views (..., R/2) of both sides of the pairs that turn in `x` (..., D), R / 2 = half.
+
+    Dimension i turns against i + R/2 or, where `interleaved`, 2i against 2i + 1.
+    """
+    if interleaved:
+        return x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    return x[..., :half], x[..., half : 2 * half]
+
+
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False, interleaved: bool = False
+) -> Tensor:
     """Return `x` (B, H, S, D) with its first R dimensions rotated by the position's angles.
 
-    `cos` and `sin` are (S, R/2) or (B, S, R/2); dimension i turns against dimension i + R/2, the
-    rest pass through. `inverse` rotates back.
+    `cos` and `sin` are (S, R/2) or (B, S, R/2); which dimensions turn against each other is said in
+    `rotated_parts`, those past R pass through. `inverse` rotates back.
 
     Source: Su et al., "RoFormer", 2021, section 3.2, in the half-split layout of GPT-NeoX and
-    Llama.
+    Llama, or in interleaved pairs, as in the paper and GPT-J.
     """
     half = cos.shape[-1]
     cos, sin = (t.unsqueeze(-3).to(widened(x).dtype) for t in (cos, sin))  # (1 or B, 1, S, R/2)
     if inverse:
         sin = -sin
-    first, second, rest = widened(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(x.dtype)
+    first, second = rotated_parts(widened(x), half, interleaved)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    joined = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat([joined, widened(x)[..., 2 * half :]], -1).to(x.dtype)
 
 
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return `q` and `k` with rotary position embedding; shapes as in `rotate`."""
-    return rotate(q, cos, sin), rotate(k, cos, sin)
+    return (
+        rotate(q, cos, sin, interleaved=interleaved),
+        rotate(k, cos, sin, interleaved=interleaved),
+    )

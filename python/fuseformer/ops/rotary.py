@@ -1,4 +1,4 @@
-"""Rotary position embedding: the public function and its custom op."""
+"""Rotary position embedding: the public function and its custom ops."""
 
 import importlib
 from typing import Any
@@ -12,21 +12,35 @@ from . import checks
 from .registration import autocast_dtype, register_autocast
 
 
+def _kernels(backend: str) -> Any:
+    package = {"triton": "fuseformer.kernels", "cpu": "fuseformer.cpu"}[backend]
+    return importlib.import_module(f"{package}.rotary")
+
+
+def _result_like(x: Tensor) -> Tensor:
+    """Return an empty tensor laid out like `x`: heads beside positions stay so, without a copy."""
+    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 @torch.library.custom_op("fuseformer::rotary", mutates_args=())
 def _rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    inverse: bool,
+    interleaved: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     record(request_for("rotary", q, k, head_dim=q.shape[-1]), backend)
-    package = {"triton": "fuseformer.kernels", "cpu": "fuseformer.cpu"}[backend]
-    rotated = importlib.import_module(f"{package}.rotary").rotary_forward(q, k, cos, sin, inverse)
-    return rotated[0].contiguous(), rotated[1].contiguous()
+    q_out, k_out = _result_like(q), _result_like(k)
+    _kernels(backend).rotate(q, k, q_out, k_out, cos, sin, inverse, interleaved)
+    return q_out, k_out
 
 
 @_rotary.register_fake
-def _(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _result_like(q), _result_like(k)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -35,26 +49,69 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
-    inverse, backend = ctx.options
-    return (*_rotary(dq, dk, *ctx.saved_tensors, not inverse, backend), None, None, None, None)
+    inverse, *options = ctx.options
+    return (*_rotary(dq, dk, *ctx.saved_tensors, not inverse, *options), *(None,) * 5)
 
 
 _rotary.register_autograd(_backward, setup_context=_save)
 register_autocast(_rotary, ("q", "k"))
 
 
+@torch.library.custom_op("fuseformer::rotary_inplace", mutates_args=("q", "k"))
+def _rotary_inplace(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str
+) -> None:
+    record(request_for("rotary", q, k, head_dim=q.shape[-1]), backend)
+    _kernels(backend).rotate(q, k, q, k, cos, sin, False, interleaved)
+
+
+@_rotary_inplace.register_fake
+def _(q: Tensor, k: Tensor, *rest: Any) -> None:
+    return None
+
+
+def _check_inplace(q: Tensor, k: Tensor) -> None:
+    """Require tensors of one dtype that autograd does not follow, with memory of their own."""
+    for name, x in (("q", q), ("k", k)):
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                f"{name}: got a tensor that requires a gradient, expected none for inplace=True; "
+                "call it under torch.no_grad() or with inplace=False"
+            )
+        if x.stride(-1) != 1 or any(
+            size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)
+        ):
+            raise ValueError(
+                f"{name}: got strides {tuple(x.stride())}, expected for inplace=True a last one of "
+                "1 and no expanded dimension"
+            )
+    if q is k:
+        raise ValueError("k: got the same tensor as q, expected another one for inplace=True")
+    if q.dtype != k.dtype:
+        raise TypeError(f"k: got dtype {k.dtype}, expected {q.dtype} as q for inplace=True")
+
+
 def rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    inplace: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `q` and `k` with the first R dimensions of every head rotated by position.
 
     Shapes: `q` (B, H, S, D), `k` (B, Hkv, S, D), `cos` and `sin` (S, R/2) or (B, S, R/2) with R <=
-    D; dimension i turns against i + R/2 and the dimensions past R pass through. `cos` and `sin`
-    get no gradient. Returns two tensors of the shapes of `q` and `k`. Raises `ValueError` or
-    `TypeError`.
+    D; dimension i turns against i + R/2 or, with `interleaved`, dimension 2i against 2i + 1, and
+    the dimensions past R pass through. `cos` and `sin` get no gradient. Returns two tensors of the
+    shapes of `q` and `k`, or with `inplace` `q` and `k` themselves, overwritten; autograd must not
+    follow them then, nor may they overlap, and autocast changes nothing. Raises `ValueError` or
+    `TypeError` that names the argument.
 
     Source: Su et al., "RoFormer", 2021, section 3.2, in the half-split layout of GPT-NeoX and
-    Llama.
+    Llama, or in interleaved pairs, as in the paper and GPT-J.
     """
     checks.tensor("q", q, 4)
     checks.tensor("k", k, 4, like=q)
@@ -72,7 +129,11 @@ def rotary(
                 f"most {q.shape[-1]}"
             )
     checks.shape("sin", sin, tuple(cos.shape), "the shape of cos")
-    dtype = autocast_dtype(q)
+    checks.boolean("interleaved", interleaved)
+    checks.boolean("inplace", inplace)
+    if inplace:
+        _check_inplace(q, k)
+    dtype = q.dtype if inplace else autocast_dtype(q)
     request = request_for(
         "rotary",
         q,
@@ -84,5 +145,9 @@ def rotary(
     name, _ = choose_backend(request)
     if name == "reference":
         record(request, name)
-        return reference.rotary(q.to(dtype), k.to(dtype), cos, sin)
-    return _rotary(q, k, cos, sin, False, name)
+        turned = reference.rotary(q.to(dtype), k.to(dtype), cos, sin, interleaved=interleaved)
+        return (q.copy_(turned[0]), k.copy_(turned[1])) if inplace else turned
+    if inplace:
+        _rotary_inplace(q, k, cos, sin, interleaved, name)
+        return q, k
+    return _rotary(q, k, cos, sin, False, interleaved, name)
