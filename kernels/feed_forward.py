@@ -7,7 +7,10 @@ number of tokens:
   hidden activations never reach memory and backward recomputes them.
 - epilogue, for all others: the vendor's matmuls, whose speed at those sizes a portable kernel does
   not reach, and one elementwise kernel in place of activation, dropout and the sum for the bias
-  gradient. float32 is always here: without 16-bit tensor cores the vendor's products win.
+  gradient. Where `linear_activation` says that it pays, the first product ends in the activation
+  instead. float32 is always here: without 16-bit tensor cores the vendor's products win.
+
+Up to 16 tokens in 16-bit dtypes go forward through `feed_forward_decode`, which saves the same.
 
 Source: Vaswani et al., "Attention Is All You Need", 2017, equation 2; the resident loop is that of
 Dao, "FlashAttention-2", 2023, with an activation in place of softmax.
@@ -21,8 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import linear_activation
 from .activations import activate
 from .common import KernelSpec, dropout_keep, launch, recorded_launches
+from .feed_forward_decode import decode_forward, few_tokens
 from .feed_forward_resident import enough_tokens, resident_backward, resident_forward
 from .feed_forward_tiles import MAX_WIDTH, dropout_arguments
 
@@ -116,7 +121,7 @@ def activation_gradient_kernel(
 # ------------------------------------------------------------------------------------------------
 
 
-def _launch_elementwise(
+def launch_elementwise(
     kernel: triton.JITFunction, pre: Tensor, blocks: int, arguments: dict[str, object]
 ) -> None:
     """Launch over the tiles of `pre` (T, hidden), `blocks` row blocks to a program."""
@@ -141,17 +146,24 @@ def _epilogue_forward(
     b2: Tensor | None,
     activation: str,
     dropout: dict[str, object],
-) -> tuple[Tensor, Tensor]:
+    saved: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Return the output (T, out) and what backward needs of the pre-activation (T, hidden).
 
-    ReLU without dropout keeps its activation instead, in the same memory: the gradient needs no
-    more than its sign, and the gradient of w2 needs nothing else.
+    The second result may be None unless it is to be `saved`. ReLU without dropout keeps its
+    activation instead, in the same memory: the gradient needs no more than its sign, and the
+    gradient of w2 needs nothing else.
     """
-    pre = F.linear(x, w1, b1)
     keeps_act = activation == "relu" and dropout["seed_ptr"] is None
+    if linear_activation.serves(x):
+        act, kept = linear_activation.linear_activation(
+            x, w1, b1, activation, dropout, saved and not keeps_act
+        )
+        return F.linear(act, w2, b2), act if keeps_act else kept
+    pre = F.linear(x, w1, b1)
     act = pre if keeps_act else torch.empty_like(pre)
     arguments = {"act_ptr": act, "ACTIVATION": activation, **dropout}
-    _launch_elementwise(activation_kernel, pre, 1, arguments)
+    launch_elementwise(activation_kernel, pre, 1, arguments)
     return F.linear(act, w2, b2), pre
 
 
@@ -181,7 +193,7 @@ def _epilogue_backward(
         "ACTIVATION": activation,
         **dropout,
     }
-    _launch_elementwise(activation_gradient_kernel, pre, _BLOCKS_PER_PROGRAM, arguments)
+    launch_elementwise(activation_gradient_kernel, pre, _BLOCKS_PER_PROGRAM, arguments)
     if db1 is not None:
         db1 = db1.sum(0).to(x.dtype)
     return gradient @ w1, gradient.t() @ x, db1, dy.t() @ (pre if act is None else act)
@@ -205,11 +217,15 @@ def feed_forward_forward(
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
     dropout = dropout_arguments(seed, dropout_p)
     saved = saves_pre(x.shape[1], w2.shape[0], x.dtype)
+    b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
     if not saved and enough_tokens(x, w2.shape[0]):
-        b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
         return resident_forward(x, w1, b1, w2, b2, activation, dropout), x.new_empty(0)
-    y, pre = _epilogue_forward(x, w1, b1, w2, b2, activation, dropout)
-    return y, pre if saved else x.new_empty(0)
+    kept: Tensor | None
+    if few_tokens(x):
+        y, kept, _ = decode_forward(x, w1, b1, None, w2, b2, activation, dropout, saved)
+    else:
+        y, kept = _epilogue_forward(x, w1, b1, w2, b2, activation, dropout, saved)
+    return y, kept if saved and kept is not None else x.new_empty(0)
 
 
 def feed_forward_backward(
@@ -260,11 +276,14 @@ def kernel_specs(family: str) -> Iterator[KernelSpec]:
     cases += [(fp16, width, "gelu_tanh", 0.1) for width in (40, 200, 512)]
     cases += [(fp16, width, "silu", 0.1) for width in (128, 256)]
     cases += [(fp32, 256, "silu", 0.1), (fp32, 256, "relu", 0.0)]
+    # Few rows, and an epilogue between the vendor's matmuls.
+    cases += [(fp16, 1000, "silu", 0.1), (bf16, 2048, "relu", 0.0), (bf16, 2048, "gelu", 0.1)]
     for dtype, width, activation, dropout_p in cases:
+        tokens = 16 if width == 1000 else 1 << 15
         x, w1, b1, w2, b2 = (
             torch.empty(shape, dtype=dtype, device="meta")
             for shape in (
-                (1 << 15, width),
+                (tokens, width),
                 (4 * width, width),
                 4 * width,
                 (width, 4 * width),

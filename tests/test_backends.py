@@ -27,7 +27,7 @@ def test_the_cpu_is_served_by_the_cpu_backend():
         ({"dtype": torch.float64}, "float64"),
         ({"head_dim": 264}, "264"),
         ({"op": "add_rms_norm", "head_dim": 0, "shapes": ((4, 8193),)}, "8192 values, not 8193"),
-        ({"op": "gated_feed_forward", "head_dim": 0}, "no Triton kernel for gated_feed_forward"),
+        ({"op": "attention_weights", "head_dim": 0}, "no Triton kernel for attention_weights"),
     ],
 )
 def test_what_triton_cannot_do_goes_to_the_reference_with_the_reason(changes, because):

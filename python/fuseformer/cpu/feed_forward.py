@@ -89,11 +89,19 @@ def feed_forward_backward(
 
 
 def gated_feed_forward_forward(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output (T, width) and both products (T, hidden) that backward needs."""
     gate_pre, up = F.linear(x, w_gate), F.linear(x, w_up)
-    return F.linear(apply_activation(gate_pre, activation).mul_(up), w_down), gate_pre, up
+    hidden = apply_activation(gate_pre, activation).mul_(up)
+    hidden = _drop_(hidden, _keep(hidden, dropout_p, seed), dropout_p)
+    return F.linear(hidden, w_down), gate_pre, up
 
 
 def gated_feed_forward_backward(
@@ -104,13 +112,17 @@ def gated_feed_forward_backward(
     w_down: Tensor,
     gate_pre: Tensor,
     up: Tensor,
+    seed: Tensor | None,
     activation: str,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, w_gate, w_up and w_down."""
     gate = apply_activation(gate_pre, activation)
-    hidden = gate * up
+    keep = _keep(gate, dropout_p, seed)
+    hidden = _drop_(gate * up, keep, dropout_p)
     dw_down = dy.T @ hidden
-    dhidden = torch.mm(dy, w_down, out=hidden)  # in the memory of what is no longer needed
+    # In the memory of what is no longer needed.
+    dhidden = _drop_(torch.mm(dy, w_down, out=hidden), keep, dropout_p)
     dup = gate.mul_(dhidden)
     dgate = _activation_gradient_(dhidden.mul_(up), gate_pre, activation)
     return torch.addmm(dgate @ w_gate, dup, w_up), dgate.T @ x, dup.T @ x, dw_down

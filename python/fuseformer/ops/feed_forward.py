@@ -12,9 +12,17 @@ from . import checks
 from .registration import autocast_dtype, present, register_autocast, second_derivatives
 
 
-def _kernels(backend: str) -> Any:
-    package = {"triton": "fuseformer.kernels", "cpu": "fuseformer.cpu"}[backend]
-    return importlib.import_module(f"{package}.feed_forward")
+def _kernels(backend: str, gated: bool = False) -> Any:
+    """Return the module of a backend that serves the op; the CPU's two share one."""
+    if backend == "cpu":
+        return importlib.import_module("fuseformer.cpu.feed_forward")
+    assert backend == "triton"
+    return importlib.import_module(f"fuseformer.kernels.{'gated_' * gated}feed_forward")
+
+
+def _saves_pre(backend: str, width: int, out_width: int, dtype: torch.dtype) -> bool:
+    """Return whether forward saves first products for backward: not in the resident regime."""
+    return backend == "cpu" or _kernels(backend).saves_pre(width, out_width, dtype)
 
 
 @torch.library.custom_op("fuseformer::feed_forward", mutates_args=())
@@ -171,24 +179,42 @@ def feed_forward(
             rows, w1, b1, w2, b2, activation=activation, dropout_p=p, seed=seed_tensor
         )
     else:
-        saves_pre = name == "cpu" or _kernels(name).saves_pre(x.shape[-1], w2.shape[0], dtype)
+        saves_pre = _saves_pre(name, x.shape[-1], w2.shape[0], dtype)
         y, _ = _feed_forward(rows, w1, b1, w2, b2, seed_tensor, activation, p, saves_pre, name)
     return y.view(*x.shape[:-1], w2.shape[0])
 
 
 @torch.library.custom_op("fuseformer::gated_feed_forward", mutates_args=())
 def _gated_feed_forward(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, backend: str
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    saves_pre: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     record(request_for("gated_feed_forward", x, w_gate), backend)
-    return _kernels(backend).gated_feed_forward_forward(x, w_gate, w_up, w_down, activation)
+    return _kernels(backend, gated=True).gated_feed_forward_forward(
+        x, w_gate, w_up, w_down, seed, activation, dropout_p
+    )
 
 
 @_gated_feed_forward.register_fake
 def _(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, backend: str
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    saves_pre: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = (x.shape[0], w_gate.shape[0])
+    hidden = (x.shape[0], w_gate.shape[0]) if saves_pre else (0,)
     return x.new_empty(x.shape[0], w_down.shape[0]), x.new_empty(hidden), x.new_empty(hidden)
 
 
@@ -201,11 +227,13 @@ def _gated_feed_forward_backward(
     w_down: Tensor,
     gate_pre: Tensor,
     up: Tensor,
+    seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _kernels(backend).gated_feed_forward_backward(
-        dy, x, w_gate, w_up, w_down, gate_pre, up, activation
+    return _kernels(backend, gated=True).gated_feed_forward_backward(
+        dy, x, w_gate, w_up, w_down, gate_pre, up, seed, activation, dropout_p
     )
 
 
@@ -216,20 +244,25 @@ def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output[1:])
-    ctx.options = inputs[4:]
+    x, w_gate, w_up, w_down, seed, activation, dropout_p, _, backend = inputs
+    ctx.save_for_backward(x, w_gate, w_up, w_down, *output[1:], seed)
+    ctx.options = (activation, dropout_p, backend)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_gated(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    activation, dropout_p, _ = ctx.options
     if torch.is_grad_enabled():
+        *inputs, _, _, seed = ctx.saved_tensors
 
         def formula(*inputs: Any) -> Tensor:
-            return reference.gated_feed_forward(*inputs, activation=ctx.options[0])
+            return reference.gated_feed_forward(
+                *inputs, activation=activation, dropout_p=dropout_p, seed=seed
+            )
 
-        return (*second_derivatives(formula, ctx.saved_tensors[:4], (dy,)), None, None)
+        return (*second_derivatives(formula, inputs, (dy,)), *(None,) * 5)
     gradients = _gated_feed_forward_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options)
-    return (*gradients, None, None)
+    return (*gradients, *(None,) * 5)
 
 
 _gated_feed_forward.register_autograd(_backward_gated, setup_context=_save_gated)
@@ -243,9 +276,11 @@ def gated_feed_forward(
     w_down: Tensor,
     *,
     activation: str = "silu",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Return ``(activation(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T``.
+    """Return ``dropout(activation(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T``.
 
     Shapes: `x` (..., width), `w_gate` and `w_up` (hidden, width), `w_down` (out, hidden), as in
     `nn.Linear`. `activation` is one of those of `feed_forward`. Returns (..., out). Raises
@@ -259,17 +294,25 @@ def gated_feed_forward(
     checks.shape("w_up", w_up, tuple(w_gate.shape), "the shape of w_gate")
     _check_weight("w_down", w_down, x, w_gate.shape[0])
     checks.activation(activation)
+    p = checks.probability("dropout_p", dropout_p)
     dtype = autocast_dtype(x)
     request = request_for(
         "gated_feed_forward", x, w_gate, requested=requested_backend(backend), dtype=dtype
     )
     name, _ = choose_backend(request)
+    seed_tensor = checks.dropout_seed(seed, p, x)
     rows = x.reshape(-1, x.shape[-1])
     if name == "reference":
         record(request, name)
         y = reference.gated_feed_forward(
-            *(t.to(dtype) for t in (rows, w_gate, w_up, w_down)), activation=activation
+            *(t.to(dtype) for t in (rows, w_gate, w_up, w_down)),
+            activation=activation,
+            dropout_p=p,
+            seed=seed_tensor,
         )
     else:
-        y, _, _ = _gated_feed_forward(rows, w_gate, w_up, w_down, activation, name)
+        saves_pre = _saves_pre(name, x.shape[-1], w_down.shape[0], dtype)
+        y, _, _ = _gated_feed_forward(
+            rows, w_gate, w_up, w_down, seed_tensor, activation, p, saves_pre, name
+        )
     return y.view(*x.shape[:-1], w_down.shape[0])
