@@ -49,7 +49,7 @@ _KEY_GRADIENT: _Table = {
     32: {
         "lean": Tiles(64, 128, 64, 8, 2),
         "dropout": Tiles(32, 128, 32, 8, 2),
-        "everything": Tiles(32, 64, 32, 8, 2),
+        "logits": Tiles(32, 64, 32, 8, 1),
     },
     64: {
         "lean": Tiles(64, 128, 32, 8, 2),
@@ -66,7 +66,7 @@ _KEY_GRADIENT: _Table = {
     256: {
         "lean": Tiles(32, 64, 32, 8, 1),
         "general": Tiles(16, 64, 16, 8, 1),
-        "logits": Tiles(16, 32, 16, 8, 1),
+        "logits": Tiles(16, 32, 16, 8, 2),
     },
 }
 _QUERY_GRADIENT: _Table = {
@@ -88,7 +88,10 @@ _BIAS_GRADIENT: _Table = {
 #: Rows that take the place of those above in a family.
 _FORWARD_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {256: {"lean": Tiles(64, 32, 32, 8, 2)}},
-    "sm_90": {256: {"lean": Tiles(64, 32, 32, 8, 2)}},
+    "sm_90": {
+        64: {"lean": Tiles(128, 128, 64, 8, 2), "logits": Tiles(128, 64, 64, 8, 2)},
+        256: {"lean": Tiles(64, 32, 32, 8, 2), "logits": Tiles(32, 32, 32, 8, 1)},
+    },
     "sm_100": {
         16: {"lean": Tiles(128, 128, 64, 8, 3), "dropout": Tiles(128, 64, 64, 8, 3)},
         32: {"lean": Tiles(128, 128, 64, 8, 2), "dropout": Tiles(128, 64, 32, 8, 2)},
@@ -102,23 +105,39 @@ _KEY_EXCEPTIONS: dict[str, _Table] = {
             "lean": Tiles(64, 128, 32, 8, 2),
             "general": Tiles(32, 64, 32, 8, 2),
             "dropout": Tiles(32, 128, 32, 8, 1),
+            "logits": Tiles(32, 64, 32, 8, 1),
+            "everything": Tiles(32, 32, 32, 4, 2),
         },
         128: {"lean": Tiles(32, 64, 32, 8, 2)},
-        256: {"lean": Tiles(16, 64, 16, 8, 1), "general": Tiles(16, 32, 16, 8, 1)},
+        256: {
+            "lean": Tiles(16, 64, 16, 8, 1),
+            "general": Tiles(16, 32, 16, 8, 1),
+            "logits": Tiles(16, 32, 16, 8, 2),
+        },
     },
     "sm_90": {
-        128: {"lean": Tiles(32, 128, 32, 8, 2), "general": Tiles(16, 64, 16, 8, 2)},
-        256: {"lean": Tiles(16, 32, 16, 8, 1)},
+        128: {
+            "lean": Tiles(32, 128, 32, 8, 2),
+            "general": Tiles(16, 64, 16, 8, 2),
+            "logits": Tiles(32, 32, 32, 8, 1),
+        },
+        256: {"lean": Tiles(16, 32, 16, 8, 1), "logits": Tiles(16, 32, 16, 8, 2)},
     },
     "sm_100": {
+        16: {"lean": Tiles(64, 128, 32, 8, 2), "logits": Tiles(32, 64, 32, 8, 2)},
         32: {
             "lean": Tiles(64, 128, 64, 8, 2),
             "general": Tiles(64, 128, 32, 8, 2),
             "dropout": Tiles(32, 128, 32, 8, 2),
+            "logits": Tiles(32, 64, 32, 8, 2),
         },
         64: {"lean": Tiles(64, 128, 32, 8, 2), "general": Tiles(32, 64, 32, 8, 2)},
         128: {"lean": Tiles(32, 64, 16, 4, 2), "general": Tiles(32, 64, 32, 8, 1)},
-        256: {"lean": Tiles(32, 64, 32, 8, 1), "general": Tiles(16, 32, 16, 8, 1)},
+        256: {
+            "lean": Tiles(32, 64, 32, 8, 1),
+            "general": Tiles(16, 32, 16, 8, 1),
+            "logits": Tiles(16, 32, 16, 8, 2),
+        },
     },
 }
 _QUERY_EXCEPTIONS: dict[str, _Table] = {
