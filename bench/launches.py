@@ -51,7 +51,7 @@ OPTIONAL = (
     "label_smoothing",
     "z_loss",
 )
-_CONFIG = re.compile(r"(BLOCK|EDGE)_(?!D$|W$|O$)|(BLOCKS|ROWS|STEP|GROUP_M|SPLIT_K|STAGES)$")
+_CONFIG = re.compile(r"(BLOCK|EDGE)_(?!D$|W$|O$)|(BLOCK|BLOCKS|ROWS|STEP|GROUP_M|SPLIT|SPLITS)$")
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 

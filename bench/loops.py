@@ -1,22 +1,32 @@
-"""The loops of a kernel that hold products, from its disassembly."""
+"""The loops of a kernel that hold products, from its disassembly with encodings.
+
+Cycles are those that `cuxray sched` reports for the same loop: what the compiler has encoded into
+each instruction, at least one, summed over the loop's blocks. It is read here from one disassembly
+instead of three.
+"""
 
 import re
 from dataclasses import dataclass, field
 
+from cuxray.parse.ctrl import decode_word
+
 _LABEL = re.compile(r"^(\.L_x_\d+):")
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*);?")
+_INSTRUCTION = re.compile(
+    r"/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<operands>[^;]*);"
+)
+# The second half of an encoding has a line to itself.
+_CONTROL = re.compile(r"^\s+/\* (0x[0-9a-f]{16}) \*/")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loop:
     """An innermost loop with products: what one iteration of one warp takes and does."""
 
     header: str
-    cycles: int
-    instructions: int
-    macs: int
-    score: float
+    cycles: int = 0
+    instructions: int = 0
+    macs: int = 0
 
 
 def instruction_macs(opcode: str) -> int:
@@ -30,14 +40,15 @@ def instruction_macs(opcode: str) -> int:
 
 @dataclass
 class _Block:
-    """A run of instructions that is entered at its head alone."""
+    """The instructions from a label to the next."""
 
     opcodes: list[str] = field(default_factory=list)
+    cycles: int = 0
     successors: list[str] = field(default_factory=list)
 
 
 def _blocks(disassembly: str) -> dict[str, _Block]:
-    """Return the blocks of one kernel by label, in order, from what ``nvdisasm -c`` prints."""
+    """Return the blocks of one kernel by label, in order, from ``nvdisasm -c -hex``."""
     blocks = {"": _Block()}
     block, falls_through = blocks[""], True
     for line in disassembly.splitlines():
@@ -46,18 +57,22 @@ def _blocks(disassembly: str) -> dict[str, _Block]:
                 block.successors.append(label[1])
             block, falls_through = blocks.setdefault(label[1], _Block()), True
         elif instruction := _INSTRUCTION.search(line):
-            predicate, opcode, operands = instruction.groups()
+            opcode, operands = instruction["opcode"], instruction["operands"]
             block.opcodes.append(opcode)
-            leaves = opcode.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP")
             # A jump out of a loop may be a call that never returns.
+            leaves = opcode.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP")
             if leaves or opcode == "CALL.REL.NOINC":
                 block.successors += _TARGET.findall(operands)
-                falls_through = falls_through and (predicate is not None or "UP" in operands)
+                # BRA takes a uniform predicate as an operand too.
+                conditional = instruction["predicate"] is not None or "UP" in operands
+                falls_through = falls_through and conditional
+        elif control := _CONTROL.match(line):
+            block.cycles += max(decode_word(int(control[1], 16)).stall, 1)
     return blocks
 
 
-def loop_bodies(disassembly: str) -> dict[str, dict[str, int]]:
-    """Return {header: {"mma", "macs", "instructions"}} of the innermost loops with products."""
+def product_loops(disassembly: str) -> list[Loop]:
+    """Return the innermost loops with products of the one kernel in a disassembly, in order."""
     blocks = _blocks(disassembly)
     predecessors: dict[str, list[str]] = {label: [] for label in blocks}
     for label, block in blocks.items():
@@ -71,17 +86,20 @@ def loop_bodies(disassembly: str) -> dict[str, dict[str, int]]:
             if label not in body:
                 body.add(label)
                 left += predecessors[label]
-    found = {}
-    for header, body in bodies.items():
-        opcodes = [opcode for label in body for opcode in blocks[label].opcodes]
-        macs = [instruction_macs(opcode) for opcode in opcodes]
-        if any(macs):
-            found[header] = {
-                "mma": sum(map(bool, macs)),
-                "macs": sum(macs),
-                "instructions": len(opcodes),
-            }
-    return {h: f for h, f in found.items() if not any(o in bodies[h] for o in found if o != h)}
+    loops = {}
+    for header in (label for label in blocks if label in bodies):
+        loop = Loop(header)
+        for block in (blocks[label] for label in bodies[header]):
+            loop.cycles += block.cycles
+            loop.instructions += len(block.opcodes)
+            loop.macs += sum(map(instruction_macs, block.opcodes))
+        if loop.macs:
+            loops[header] = loop
+    return [
+        loop
+        for header, loop in loops.items()
+        if not any(other in bodies[header] for other in loops if other != header)
+    ]
 
 
 def _back_edges(blocks: dict[str, _Block]) -> list[tuple[str, str]]:
