@@ -3,7 +3,15 @@
 from collections.abc import Callable
 
 import torch
-from fuseformer.kernels import attention, cross_entropy, feed_forward, norm
+from fuseformer.kernels import (
+    attention,
+    cross_entropy,
+    decode,
+    feed_forward,
+    gated_feed_forward,
+    norm,
+    rotary,
+)
 
 
 def _attention(
@@ -52,6 +60,30 @@ def _loss(tokens: int, width: int, vocab: int) -> None:
     cross_entropy.linear_cross_entropy_forward(hidden, weight, None, target, *options)
 
 
+def _gated(tokens: int, width: int, hidden: int) -> None:
+    x, gate, up, down = (
+        torch.randn(shape, dtype=torch.bfloat16)
+        for shape in ((tokens, width), (hidden, width), (hidden, width), (width, hidden))
+    )
+    options = (None, "silu", 0.0)
+    y, pre, product = gated_feed_forward.gated_feed_forward_forward(x, gate, up, down, *options)
+    saved = (pre, product)
+    gated_feed_forward.gated_feed_forward_backward(y, x, gate, up, down, *saved, *options)
+
+
+def _decode(lengths: tuple[int, ...], dim: int) -> None:
+    q = torch.randn(len(lengths), 8, 1, dim, dtype=torch.bfloat16)
+    cache = torch.randn(len(lengths), 2, max(lengths), dim, dtype=torch.bfloat16)
+    real = torch.tensor(lengths, dtype=torch.int32)
+    decode.decode_attention(q, cache, cache, real, None, None, None, -1, 0.0, dim**-0.5)
+
+
+def _rotary(length: int, dim: int) -> None:
+    q, k = (torch.randn(2, heads, length, dim, dtype=torch.bfloat16) for heads in (8, 2))
+    cos = torch.randn(length, dim // 2)
+    rotary.rotate(q, k, torch.empty_like(q), torch.empty_like(k), cos, cos, False, False)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "attention 512x512x64": lambda: _attention((512, 512), 64),
     "attention 512x512x64 causal": lambda: _attention((512, 512), 64, causal="top_left"),
@@ -68,6 +100,12 @@ CASES: dict[str, Callable[[], None]] = {
     "attention 256x256x64 bias": lambda: _attention((256, 256), 64, bias=True),
     "feed-forward 8192x32x64": lambda: _feed_forward(8192, 32, 64),
     "feed-forward 128x512x640": lambda: _feed_forward(128, 512, 640),
+    "feed-forward 256x512x256": lambda: _feed_forward(256, 512, 256),
+    "feed-forward 4x512x1024, few rows": lambda: _feed_forward(4, 512, 1024),
+    "gated feed-forward 8192x32x64": lambda: _gated(8192, 32, 64),
+    "gated feed-forward 128x512x320": lambda: _gated(128, 512, 320),
+    "decode 2 sequences of 1000 and 300 keys x64": lambda: _decode((1000, 300), 64),
+    "rotary 100x64": lambda: _rotary(100, 64),
     "norm 128x1024": lambda: _norm(128, 1024),
     "loss 32x16x5000": lambda: _loss(32, 16, 5000),
 }

@@ -109,6 +109,48 @@ def _linear_activation(arguments: Arguments, programs: int) -> int:
     return moved + programs // rows * _size(arguments, "x")
 
 
+def _decode_parts(arguments: Arguments) -> list[tuple[int, int]]:
+    """Return, for each sequence, the keys that its rows see and the parts they are split into."""
+    block, window, found = arguments["BLOCK_N"], arguments["window_left"], []
+    for length in arguments["lengths_ptr"].clamp(0, arguments["capacity"]).tolist():
+        first = 0 if window is None else max(0, length - arguments["seqlen_q"] - window)
+        blocks = triton.cdiv(length - first // block * block, block)
+        parts = triton.cdiv(blocks, triton.cdiv(blocks, arguments["splits"])) if blocks else 0
+        found.append((length - first, parts))
+    return found
+
+
+def _decode_attention(arguments: Arguments, programs: int) -> int:
+    width = arguments["HEAD_DIM"] * arguments["k_ptr"].element_size()
+    whole = arguments["splits"] == 1  # then a part is the result
+    result = width + 4 if whole else arguments["HEAD_DIM"] * 4 + 4
+    rows, total = arguments["heads"] * arguments["seqlen_q"], 0
+    for keys, parts in _decode_parts(arguments):
+        total += 2 * keys * arguments["k_ptr"].shape[1] * width
+        total += max(parts, whole) * rows * (width + result)
+    return total
+
+
+def _decode_merge(arguments: Arguments, programs: int) -> int:
+    rows = arguments["heads"] * arguments["seqlen_q"]
+    part = rows * (arguments["HEAD_DIM"] + 1) * 4
+    merged = sum(parts * part for _, parts in _decode_parts(arguments))
+    return merged + _size(arguments, "out", "lse")
+
+
+def _decode_output(arguments: Arguments, programs: int) -> int:
+    blocks = triton.cdiv(arguments["OUT"], arguments["BLOCK_N"])
+    return _size(arguments, "w2", "partial") + blocks * _size(arguments, "hidden")
+
+
+def _rotary(arguments: Arguments, programs: int) -> int:
+    rotated = 2 * arguments["HALF"] if arguments["IN_PLACE"] else arguments["HEAD_DIM"]
+    moved = 2 * _size(arguments, "q", "k") * rotated // arguments["HEAD_DIM"]
+    groups = sum(triton.cdiv(arguments[f"heads_{x}"], arguments["HEADS"]) for x in "qk")
+    batch = 1 if arguments["BATCHED"] else arguments["q_ptr"].shape[0]
+    return moved + batch * groups * _size(arguments, "cos", "sin")
+
+
 #: Kernel -> its least, from the arguments of the launch and the number of programs.
 LEAST: dict[str, Callable[[Arguments, int], int]] = {
     "attention_forward": _attention_forward,
@@ -120,10 +162,22 @@ LEAST: dict[str, Callable[[Arguments, int], int]] = {
     ),
     "add_norm_gradient": _add_norm_gradient,
     "cross_entropy": _cross_entropy,
+    "decode_attention": _decode_attention,
+    "decode_merge": _decode_merge,
     "feed_forward_resident": _once("x", "y", per_program=("w1", "b1", "w2", "b2")),
     "feed_forward_resident_gradient": _once(
         "dy", "x", "dx", "dpre", "act", "db1", per_program=("w1", "b1", "w2")
     ),
+    "gated_feed_forward_resident": _once("x", "y", per_program=("w_gate", "w_up", "w_down")),
+    "gated_feed_forward_resident_gradient": _once(
+        "dy", "x", "dx", "dgate", "dup", "hidden", per_program=("w_gate", "w_up", "w_down")
+    ),
+    "gated_activation": _once("pre", "up", "hidden"),
+    "gated_activation_gradient": _once("pre", "up", "gradient", "gradient", "dup", "hidden"),
+    "decode_hidden": _once("w1", "b1", "w_up", "pre", "up", "hidden", per_program=("x",)),
+    "decode_output": _decode_output,
+    "decode_sum": lambda a, programs: _size(a, "partial", "y") + a["tokens"] * _size(a, "b2"),
+    "rotary": _rotary,
     "linear_activation": _linear_activation,
     "activation": _once("pre", "act"),
     "activation_gradient": _once("pre", "gradient", "gradient", "act", "db1"),
