@@ -27,6 +27,13 @@ def test_quick_run_prints_a_table_and_writes_json_and_plot(name, tmp_path):
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("name", "option"), [("scores", "--check"), ("bytes", "--match")])
+def test_the_commands_that_measure_kernels_are_found(name, option):
+    done = run(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert option in done.stdout
+
+
 def test_an_unknown_benchmark_is_refused():
     done = run("training_in_space")
     assert done.returncode == 2
