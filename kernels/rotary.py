@@ -21,7 +21,9 @@ from .common import KernelSpec, launch, recorded_launches
 # ------------------------------------------------------------------------------------------------
 
 # Pairs of a tile: 8 to each thread of 4 warps, which are two 16-byte accesses in half precision.
+# Where a small part of a head turns, the rest decides, that it may stay in registers.
 _PAIRS = 1024
+_REST = 4096
 _WARPS = 4
 
 # Heads that a program takes in turn: they share the tables, which are as wide as a head in float32.
@@ -33,10 +35,11 @@ _RUNTIME_SIZES = tuple(
 ) + ("heads_q", "heads_k", "seqlen")  # fmt: skip
 
 
-def block_config(half: int) -> tuple[int, int]:
-    """Return (BLOCK_S, BLOCK_R) for `half` pairs to a row."""
+def block_config(half: int, rest: int) -> tuple[int, int, int]:
+    """Return (BLOCK_S, BLOCK_R, BLOCK_REST) for rows of `half` pairs and `rest` other values."""
     block_r = max(8, triton.next_power_of_2(half))
-    return max(1, _PAIRS // block_r), block_r
+    block_rest = triton.next_power_of_2(max(1, rest))
+    return min(_PAIRS // block_r, _REST // block_rest), block_r, block_rest
 
 
 # ------------------------------------------------------------------------------------------------
@@ -146,7 +149,9 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
         # A dimension of size 1 may have any stride, a misaligned one too.
         steps = zip("bhs", tensor.stride(), tensor.shape, strict=False)
         found |= {f"stride_{name}{dim}": step if size > 1 else 0 for dim, step, size in steps}
-    return found | {"ALIGN": 8 if all(stride % 8 == 0 for stride in found.values()) else 1}
+    # The head dim has a say, so that a single row or head does not ask for a kernel of its own.
+    steps_and_dims = [*found.values(), *(tensor.shape[-1] for tensor in tensors.values())]
+    return found | {"ALIGN": 8 if all(n % 8 == 0 for n in steps_and_dims) else 1}
 
 
 def rotate(
@@ -171,7 +176,7 @@ def rotate(
     heads_k, half = k.shape[1], cos.shape[-1]
     if in_place and half == 0:
         return
-    block_s, block_r = block_config(half)
+    block_s, block_r, block_rest = block_config(half, 0 if in_place else head_dim - 2 * half)
     arguments = {
         "q_ptr": q,
         "q_out_ptr": q_out,
@@ -192,7 +197,7 @@ def rotate(
         "HEADS": _HEADS,
         "BLOCK_S": block_s,
         "BLOCK_R": block_r,
-        "BLOCK_REST": triton.next_power_of_2(max(1, head_dim - 2 * half)),
+        "BLOCK_REST": block_rest,
     }
     groups = triton.cdiv(heads_q, _HEADS) + triton.cdiv(heads_k, _HEADS)
     programs = batch * triton.cdiv(seqlen, block_s) * groups

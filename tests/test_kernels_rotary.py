@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fuseformer.kernels import rotary as kernels
+from fuseformer.kernels.common import recorded_launches
 from rotary_checks import RotaryCase, check_rotary
 
 import fuseformer as ff
@@ -43,6 +44,22 @@ def test_rotary_kernels_against_the_oracle_and_repeatable(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_cpu_backend_satisfies_the_same_checks(case):
     check_rotary(fuseformer.cpu.rotary, case)
+
+
+@pytest.mark.parametrize("head_dim", [36, 72, 128])
+def test_a_new_batch_length_or_number_of_heads_compiles_nothing_new(head_dim):
+    sources = set()
+    with recorded_launches("sm_80") as specs:
+        for batch, heads, length in ((1, 1, 1), (2, 8, 64), (3, 5, 113), (1, 32, 4096)):
+            q = torch.empty(batch, length, heads, head_dim, dtype=BF16, device="meta")
+            q = q.transpose(1, 2)
+            cos = torch.empty(length, head_dim // 2, device="meta")
+            kernels.rotate(q, q, q.clone(), q.clone(), cos, cos, False, False)
+    for spec in specs:
+        source = spec.source()
+        sources.add(repr((source.signature, source.constants, source.attrs)))
+    assert len(specs) == 4
+    assert len(sources) == 1
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])

@@ -57,8 +57,8 @@ BUGS = {
         LONG,
     ),
     "strides are rounded to multiples they are not": (
-        'all(stride % 8 == 0 for stride in found.values()) else 1',
-        "True else 1",
+        '8 if all(n % 8 == 0 for n in steps_and_dims) else 1',
+        "8",
         RotaryCase((2, 3, 1, 9, 12), 5, FP32, layout="packed"),
     ),
 }  # fmt: skip
