@@ -87,9 +87,14 @@ _BIAS_GRADIENT: _Table = {
 
 #: Rows that take the place of those above in a family.
 _FORWARD_EXCEPTIONS: dict[str, _Table] = {
-    "sm_86": {256: {"lean": Tiles(64, 32, 32, 8, 2)}},
+    "sm_86": {
+        32: {"lean": Tiles(128, 128, 64, 8, 2), "logits": Tiles(128, 64, 64, 8, 2)},
+        64: {"lean": Tiles(128, 128, 64, 8, 2), "logits": Tiles(128, 64, 32, 8, 2)},
+        128: {"lean": Tiles(128, 64, 32, 8, 2), "logits": Tiles(128, 32, 32, 8, 2)},
+        256: {"lean": Tiles(64, 32, 32, 8, 2)},
+    },
     "sm_90": {
-        64: {"lean": Tiles(128, 128, 64, 8, 2), "logits": Tiles(128, 64, 64, 8, 2)},
+        64: {"lean": Tiles(128, 128, 64, 8, 2), "logits": Tiles(128, 64, 32, 8, 2)},
         256: {"lean": Tiles(64, 32, 32, 8, 2), "logits": Tiles(32, 32, 32, 8, 1)},
     },
     "sm_100": {
@@ -144,6 +149,7 @@ _QUERY_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
     "sm_90": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
 }
+_BIAS_EXCEPTIONS: dict[str, _Table] = {"sm_86": {32: {"logits": Tiles(32, 64, 64, 8, 2)}}}
 
 # Single precision has no tensor cores: small tiles, the same for every family and demand.
 _FORWARD_SINGLE = {
@@ -207,4 +213,4 @@ def query_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, demand: 
 
 def bias_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, demand: Demand) -> Tiles:
     """Return the config of the dbias pass."""
-    return _tiles(_BIAS_GRADIENT, {}, _BIAS_SINGLE, family, block_d, dtype, demand)
+    return _tiles(_BIAS_GRADIENT, _BIAS_EXCEPTIONS, _BIAS_SINGLE, family, block_d, dtype, demand)
