@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from block_checks import NormCase, check_norm, check_norm_dropout, check_norm_of_the_sum
 from fuseformer.kernels import norm as kernels
+from norm_checks import NormCase, check_norm, check_norm_dropout, check_norm_of_the_sum
 
 import fuseformer.backends
 import fuseformer.cpu.norm

@@ -1,4 +1,4 @@
-"""Bugs planted in copies of the feed-forward, norm and loss kernels must be caught by the checks
+"""Bugs planted in copies of the feed-forward and loss kernels must be caught by the checks
 of the real ones.
 """
 
@@ -10,13 +10,9 @@ import torch
 from block_checks import (
     CrossEntropyCase,
     FeedForwardCase,
-    NormCase,
     check_cross_entropy,
     check_feed_forward,
     check_feed_forward_dropout,
-    check_norm,
-    check_norm_dropout,
-    check_norm_of_the_sum,
     regime,
 )
 from planted import planted_kernels
@@ -40,14 +36,6 @@ def feed_forward_dropout(resident: bool) -> Check:
     return check
 
 
-def norm(case: NormCase) -> Check:
-    return lambda kernels: check_norm(kernels, case)
-
-
-def norm_dropout(kernels: ModuleType) -> None:
-    check_norm_dropout(kernels, 17, 96, 0.5)
-
-
 def cross_entropy(case: CrossEntropyCase) -> Check:
     return lambda kernels: check_cross_entropy(kernels, case)
 
@@ -55,8 +43,6 @@ def cross_entropy(case: CrossEntropyCase) -> Check:
 EPILOGUE = FeedForwardCase((33, 24, 40, 16), "gelu_tanh", FP32)
 RESIDENT = FeedForwardCase((70, 24, 72, 16), "silu", FP16, resident=True, chunked=True)
 WIDE_RESIDENT = FeedForwardCase((17, 40, 40, 136), "relu", BF16, resident=True)
-ROWS = NormCase(9, 40, FP32)
-PRE = NormCase(9, 40, FP32, dropout_p=0.3, rms=True, pre=True)
 LOSS = CrossEntropyCase((7, 16, 50), FP32)
 Z_LOSS = CrossEntropyCase((7, 16, 50), FP32, z_loss=0.1)
 LONG_LOSS = CrossEntropyCase((5, 8, 8100), FP32, ignored=0.0)
@@ -177,80 +163,6 @@ BUGS = {
         "dw1 = part1",
         feed_forward(RESIDENT),
     ),
-    # norm
-    "columns past the width count in the variance": (
-        "norm",
-        "norm.py",
-        "centred = tl.where(real[None, :], total - mean[:, None], 0.0)",
-        "centred = total - mean[:, None]",
-        norm(ROWS),
-    ),
-    "eps is left out": (
-        "norm",
-        "norm.py",
-        "tl.sum(centred * centred, 1) / WIDTH + eps",
-        "tl.sum(centred * centred, 1) / WIDTH",
-        norm(NormCase(9, 40, FP32, spread=3e-3)),
-    ),
-    "the gradient keeps its mean": (
-        "norm",
-        "norm.py",
-        "normal * along[:, None] - shift[:, None]",
-        "normal * along[:, None]",
-        norm(ROWS),
-    ),
-    "the weight gradient keeps its last rows only": (
-        "norm",
-        "norm.py",
-        "dweight += tl.sum(dy * normal, 0)",
-        "dweight = tl.sum(dy * normal, 0)",
-        norm(NormCase(17, 40, FP32, programs=2)),
-    ),
-    "two rows of a pair drop alike": (
-        "norm",
-        "norm.py",
-        "halves = (rows // 8 % 2)",
-        "halves = (rows // 16 % 2)",
-        norm_dropout,
-    ),
-    "dropped elements keep their gradient": (
-        "norm",
-        "norm.py",
-        "dtotal = tl.where(keep, dtotal * dropout_scale, 0.0)",
-        "dtotal = dtotal * dropout_scale",
-        norm_dropout,
-    ),
-    "the next residual is normalised before it is rounded": (
-        "norm",
-        "norm.py",
-        "total = rounded.to(tl.float32)",
-        "total = total.to(tl.float32)",
-        check_norm_of_the_sum,
-    ),
-    "the gradient of the next residual is left out": (
-        "norm",
-        "norm.py",
-        "dtotal += past",
-        "dtotal += 0.0",
-        norm(PRE),
-    ),
-    "the saved sum is dropped from a second time": (
-        "norm",
-        "norm.py",
-        "        normal *= rstd[:, None]\n",
-        "        if residual_ptr is None:\n"
-        "            keep = _row_keep(seed, rows, threshold, BLOCK_N)\n"
-        "            normal = tl.where(keep, normal * dropout_scale, 0.0)\n"
-        "        normal *= rstd[:, None]\n",
-        norm(PRE),
-    ),
-    "a row past the last one is written": (
-        "norm",
-        "norm.py",
-        "inside = (rows < tokens)[:, None] & real[None, :]",
-        "inside = (rows < tokens + 1)[:, None] & real[None, :]",
-        norm(ROWS),
-    ),
     # cross entropy
     "the sum of exponentials is not rescaled": (
         "cross_entropy",
@@ -339,7 +251,6 @@ def test_a_planted_bug_is_caught(name, tmp_path):
     ("module", "checks"),
     {
         "feed_forward": [feed_forward(EPILOGUE), feed_forward(RESIDENT)],
-        "norm": [norm(ROWS), norm(PRE), check_norm_of_the_sum, norm_dropout],
         "cross_entropy": [cross_entropy(LOSS), cross_entropy(Z_LOSS), cross_entropy(LONG_LOSS)],
     }.items(),
 )
