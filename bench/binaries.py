@@ -5,9 +5,8 @@ compiler's own schedule has them (`bench.loops`), over the cycles that the tenso
 products. It compares binaries for one architecture and is not a time: waits for memory are not in
 it. 1 is a warp that keeps its tensor core busy alone; asynchronous products may go below.
 
-Registers, spills and shared memory are those of the binary that Triton ships to the GPU. The score
-is read from the same PTX assembled by the CUDA 13 assembler of the extra "scores", because its
-disassembler refuses what older ones wrote.
+All of it is read from the binary that Triton would send to the GPU, with the tools that Triton
+brings along.
 """
 
 import hashlib
@@ -15,29 +14,26 @@ import json
 import os
 import re
 import subprocess
-import sys
-import sysconfig
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import triton
 from fuseformer.kernels.common import KernelSpec
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 from .launches import SHARED_LIMIT, half_precision
 from .loops import product_loops
 
 TENSOR_MEMORY_COLUMNS = 512
-#: Dense 16-bit multiply-adds per cycle and warp scheduler; also the architectures `sched` decodes.
+#: Dense 16-bit multiply-adds per cycle and warp scheduler, where encodings can be read.
 MACS_PER_CYCLE = {80: 256, 86: 128, 89: 128, 90: 512}
 TENSOR_CORE = re.compile(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma")
 CACHE = Path(__file__).parent.parent / "build" / "scores"
-PACKAGES = ("cuxray", "nvidia-cuda-nvcc", "nvidia-cuda-nvdisasm")
 
-_BUNDLED_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _LINE = re.compile(r"^\t\.(loc|file)\b.*", re.M)
 
 
@@ -46,54 +42,51 @@ _LINE = re.compile(r"^\t\.(loc|file)\b.*", re.M)
 # ------------------------------------------------------------------------------------------------
 
 
-def tool(name: str) -> Path:
-    """Return an executable that a package of the extra "scores" brought."""
-    site = Path(sysconfig.get_path("purelib"))
-    folder = Path(sys.prefix) / "bin" if name == "cuxray" else site / "nvidia/cu13/bin"
-    path = folder / name
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: install the extra, pip install 'fuseformer[scores]'")
-    return path
+def _read(tool: str, *options: str, binary: bytes) -> str:
+    """Return what one of Triton's tools prints about a binary."""
+    path = getattr(knobs.nvidia, tool).path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [path, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def run(*command: str | Path) -> str:
-    """Return what a command printed, to both outputs; a failure raises with its message."""
-    environment = os.environ | {"CUXRAY_NO_FETCH": "1"}
-    environment["PATH"] = os.pathsep.join([str(tool("nvdisasm").parent), environment["PATH"]])
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise RuntimeError(f"{Path(command[0]).name}: {' '.join(said)}")
-    return done.stdout + done.stderr
+def disassemble(binary: bytes) -> str:
+    """Return the disassembly of a binary with encodings."""
+    return _read("nvdisasm", "-c", "-hex", binary=binary)
+
+
+def _resources(binary: bytes) -> tuple[int, int]:
+    """Return the registers of a kernel, and its local memory per thread: where spills go."""
+    usage = _read("cuobjdump", "-res-usage", binary=binary)
+    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    assert len(found) == 3, f"cuobjdump says something new: {usage}"
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _serialized(ptx: str, capability: int) -> bool:
+    """Return whether the assembler waits for each wgmma by itself: it says so in a warning."""
+    if "wgmma.mma_async" not in ptx:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(capability).path, "-v", "-arch=sm_90a", source, "-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return "C7515" in done.stderr
 
 
 @cache
-def versions() -> dict[str, str | None]:
-    """Return the versions that numbers depend on; None for what is not installed."""
-
-    def found(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {package: found(package) for package in ("triton", *PACKAGES)}
+def versions() -> dict[str, str]:
+    """Return the versions that numbers depend on: Triton's, and its assemblers'."""
+    assemblers = {f"ptxas for sm_{c}": get_ptxas(c).version for c in (80, 90, 100)}
+    return {"triton": triton.__version__, **assemblers}
 
 
 def without_line_numbers(ptx: str) -> str:
     """Return PTX that stays the same where the lines of its source move."""
     return _LINE.sub(r"\t.\1", ptx).split("\t.section\t.debug_")[0]
-
-
-def disassemble(ptx: str) -> tuple[str, str]:
-    """Assemble PTX; return the disassembly with encodings, and what the assembler said."""
-    with tempfile.TemporaryDirectory() as name:
-        source, cubin = Path(name) / "kernel.ptx", Path(name) / "kernel.cubin"
-        source.write_text(ptx)
-        target = re.search(r"^\.target (sm_\w+)", ptx, re.M)
-        assert target
-        said = run(tool("ptxas"), f"-arch={target[1]}", source, "-o", cubin)
-        return run(tool("nvdisasm"), "-c", "-hex", cubin), said
 
 
 # ------------------------------------------------------------------------------------------------
@@ -125,18 +118,6 @@ class Binary:
         return self.scores[-1] if len(self.scores) > 1 else None
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Return the registers of a kernel, and its local memory per thread: where spills go."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [_BUNDLED_CUOBJDUMP, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    assert len(found) == 3, f"cuobjdump says something new: {usage}"
-    return found["REG"], found["STACK"] + found["LOCAL"]
-
-
 def build(spec: KernelSpec, capability: int, *, scored: bool = False, **options: int) -> Binary:
     """Compile a launch for an architecture that need not be there.
 
@@ -154,8 +135,7 @@ def build(spec: KernelSpec, capability: int, *, scored: bool = False, **options:
         stored = json.loads(kept.read_text())
         return Binary(**stored | {"scores": tuple(stored["scores"])})
     registers, spilled = _resources(compiled.asm["cubin"])
-    disassembly, said = disassemble(ptx) if scored else ("", "")
-    loops = product_loops(disassembly)
+    loops = product_loops(disassemble(compiled.asm["cubin"])) if scored else []
     rate = MACS_PER_CYCLE.get(capability, 0)
     binary = Binary(
         registers=registers,
@@ -164,7 +144,7 @@ def build(spec: KernelSpec, capability: int, *, scored: bool = False, **options:
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         tensor_instructions=len(TENSOR_CORE.findall(ptx)),
         products="tt.dot" in compiled.asm["ttir"],
-        serialized="C7515" in said,
+        serialized=scored and _serialized(ptx, capability),
         scores=tuple(sorted(round(loop.cycles * rate / loop.macs, 3) for loop in loops)),
     )
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -5,103 +5,118 @@ products in its loop, over the products that one pass needs: 5 for attention, wh
 dq 3. A resident feed-forward gradient recomputes nothing that it need not: its score as it is.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from .launches import Launch
 
 Key = tuple[str, int]
+Row = dict[str, Any]
+
+#: Tensors that a kernel takes whether or not an option is in use.
+_ALWAYS = {"b", "b1", "b2", "db1", "pre", "act", "dx"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The best launch of a kernel in bf16 without options: its score, or its edge loop's ratio."""
+
+    kernel: str
+    constants: dict[str, Any] = field(default_factory=dict)
+    edge: bool = False
+    weight: float = 1.0
+
+    def matches(self, launch: Launch) -> bool:
+        return (
+            launch.kernel == self.kernel
+            and launch.dtype == "bf16"
+            and not set(launch.options) - _ALWAYS
+            and self.constants.items() <= launch.constants.items()
+        )
+
+    def figure(self, row: Row) -> float | None:
+        """Return the number of a row, None where it has none."""
+        score, edge = row.get("score"), row.get("edge_score")
+        if not self.edge:
+            return score
+        return edge / score if edge and score else None
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A number that must not be above `asked`; `got` computes it, None if nothing was measured."""
+    """A number that must not be above `asked`: the sum of its parts, each times its weight."""
 
     name: str
     capability: int
     asked: float
-    got: Callable[["Measured"], float | None]
+    parts: tuple[Part, ...]
+
+    def needs(self, launch: Launch, capability: int) -> bool:
+        return capability == self.capability and any(part.matches(launch) for part in self.parts)
+
+    def got(self, items: Mapping[Key, Launch], rows: Mapping[Key, Row]) -> float | None:
+        """Return the number, or None if one of its parts was not scored."""
+        total = 0.0
+        for part in self.parts:
+            figures = [
+                part.figure(row)
+                for key, row in rows.items()
+                if key[1] == self.capability and part.matches(items[key])
+            ]
+            best = min((figure for figure in figures if figure is not None), default=None)
+            if best is None:
+                return None
+            total += part.weight * best
+        return total
 
 
-class Measured:
-    """Rows of one architecture, to be asked for by kernel and constants."""
-
-    def __init__(self, items: dict[Key, Launch], rows: dict[Key, dict[str, Any]], capability: int):
-        self._rows = [(items[key], row) for key, row in rows.items() if key[1] == capability]
-
-    def best(self, kernel: str, what: str = "score", **constants: Any) -> float | None:
-        """Return the lowest number over the launches of a kernel in bf16 without options."""
-        found = [
-            row["edge_score"] / row["score"] if what == "ratio" else row[what]
-            for launch, row in self._rows
-            if launch.kernel == kernel
-            and launch.dtype == "bf16"
-            and not set(launch.options) - _ALWAYS
-            and constants.items() <= launch.constants.items()
-            and {"score", "edge_score" if what == "ratio" else what} <= row.keys()
-        ]
-        return min(found, default=None)
+def _attention(name: str, dim: int, **choice: Any) -> Part:
+    return Part(f"attention_{name}", {"HEAD_DIM": dim, "GROUP": 1}, **choice)
 
 
-#: Tensors that a kernel takes with or without an option in use.
-_ALWAYS = {"b", "b1", "b2", "db1", "pre", "act"}
+def _goals() -> list[Goal]:
+    goals = [
+        Goal(f"attention forward, head dim {dim}", capability, asked, (_attention("forward", dim),))
+        for capability, dim, asked in (
+            (80, 64, 1.5),
+            (80, 128, 1.45),
+            (90, 64, 1.6),
+            (90, 128, 1.2),
+        )
+    ]
+    for dim, asked in ((64, 1.85), (128, 2.2)):
+        kernels = ("key_gradient", 4 / 5), ("query_gradient", 3 / 5)
+        parts = tuple(_attention(name, dim, weight=weight) for name, weight in kernels)
+        goals.append(Goal(f"attention backward over 5 products, head dim {dim}", 80, asked, parts))
+    for kernel in ("forward", "key_gradient", "query_gradient"):
+        for dim in (64, 128):
+            name = f"edge loop over full loop, {kernel}, head dim {dim}"
+            goals.append(Goal(name, 80, 1.5, (_attention(kernel, dim, edge=True),)))
+    for kernel, asked in (("", (1.11, 1.15)), ("_gradient", (1.4, 1.4))):
+        for width, most in zip((128, 256), asked, strict=True):
+            name = f"resident feed-forward{kernel.replace('_', ' ')}, width {width}"
+            part = Part(f"feed_forward_resident{kernel}", {"WIDTH": width, "ACTIVATION": "relu"})
+            goals.append(Goal(name, 80, most, (part,)))
+    for capability, asked in ((80, 1.06), (90, 1.0)):
+        goals.append(Goal("matmul with epilogue", capability, asked, (Part("linear_activation"),)))
+    return goals
 
 
-def _forward(dim: int, what: str = "score") -> Callable[[Measured], float | None]:
-    return lambda rows: rows.best("attention_forward", what, HEAD_DIM=dim, GROUP=1)
+GOALS = _goals()
 
 
-def _backward(dim: int) -> Callable[[Measured], float | None]:
-    def got(rows: Measured) -> float | None:
-        keys = rows.best("attention_key_gradient", HEAD_DIM=dim, GROUP=1)
-        queries = rows.best("attention_query_gradient", HEAD_DIM=dim, GROUP=1)
-        return None if keys is None or queries is None else (4 * keys + 3 * queries) / 5
-
-    return got
+def needed(launch: Launch, capability: int) -> bool:
+    """Return whether a goal is about this launch."""
+    return any(goal.needs(launch, capability) for goal in GOALS)
 
 
-def _kernel(kernel: str, what: str = "score", **constants: Any) -> Callable[..., float | None]:
-    return lambda rows: rows.best(kernel, what, **constants)
-
-
-GOALS = (
-    Goal("attention forward, head dim 64", 80, 1.50, _forward(64)),
-    Goal("attention forward, head dim 128", 80, 1.45, _forward(128)),
-    Goal("attention backward over 5 products, head dim 64", 80, 1.85, _backward(64)),
-    Goal("attention backward over 5 products, head dim 128", 80, 2.20, _backward(128)),
-    *(
-        Goal(f"edge over full loop, {kernel}, head dim {dim}", 80, 1.5, _kernel(
-            f"attention_{kernel}", "ratio", HEAD_DIM=dim, GROUP=1
-        ))
-        for kernel in ("forward", "key_gradient", "query_gradient")
-        for dim in (64, 128)
-    ),
-    Goal("attention forward, head dim 64", 90, 1.6, _forward(64)),
-    Goal("attention forward, head dim 128", 90, 1.2, _forward(128)),
-    *(
-        Goal(f"resident feed-forward, width {width}", 80, asked, _kernel(
-            "feed_forward_resident", WIDTH=width
-        ))
-        for width, asked in ((128, 1.11), (256, 1.15))
-    ),
-    *(
-        Goal(f"resident feed-forward backward, width {width}", 80, 1.4, _kernel(
-            "feed_forward_resident_gradient", WIDTH=width
-        ))
-        for width in (128, 256)
-    ),
-    Goal("epilogue matmul", 80, 1.06, _kernel("linear_activation")),
-    Goal("epilogue matmul", 90, 1.0, _kernel("linear_activation")),
-)  # fmt: skip
-
-
-def summary(items: dict[Key, Launch], rows: dict[Key, dict[str, Any]]) -> str:
-    """Return the goals as aligned text; those whose launches were not compiled say so."""
-    lines = ["", f"{'goal':52}{'':8}{'asked':>7}{'got':>7}"]
+def summary(items: Mapping[Key, Launch], rows: Mapping[Key, Row]) -> str:
+    """Return the goals as aligned text; those whose launches were not scored say so."""
+    lines = ["", f"{'goal':56}{'':8}{'asked':>7}{'got':>7}"]
     for goal in GOALS:
-        got = goal.got(Measured(items, rows, goal.capability))
-        shown = f"{'-':>7}  not compiled" if got is None else f"{got:7.3f}"
+        got = goal.got(items, rows)
+        shown = f"{'-':>7}  not scored" if got is None else f"{got:7.3f}"
         missed = "  missed" if got is not None and got > goal.asked else ""
-        lines.append(f"{goal.name:52}{f'sm_{goal.capability}':8}{goal.asked:7.2f}{shown}{missed}")
+        lines.append(f"{goal.name:56}{f'sm_{goal.capability}':8}{goal.asked:7.2f}{shown}{missed}")
     return "\n".join(lines)

@@ -139,8 +139,11 @@ def save(kept: dict[str, Any], path: Path) -> None:
     )
 
 
-def problems(rows: Rows, kept: dict[str, Any] | None, match: list[str]) -> list[str]:
-    """Return what is wrong with rows, and where they are worse than those of `kept`."""
+def problems(rows: Rows, kept: dict[str, Any] | None, match: list[str] | None = None) -> list[str]:
+    """Return what is wrong with rows, and where they are worse than those of `kept`.
+
+    With `match`, rows are all launches whose names hold its texts: others are missing.
+    """
     found = []
     for (name, capability), row in rows.items():
         where = f"{name} on sm_{capability}"
@@ -157,8 +160,10 @@ def problems(rows: Rows, kept: dict[str, Any] | None, match: list[str]) -> list[
             was, now = before.get(score), row.get(score)
             if was is not None and "error" not in row and (now is None or _worse(now, was)):
                 found.append(f"{where}: {score} {now}, was {was}")
+    if kept is None or match is None:
+        return found
     measured = {capability for _, capability in rows} or set(SHARED_LIMIT)
-    for name, by_architecture in (kept or {"launches": {}})["launches"].items():
+    for name, by_architecture in kept["launches"].items():
         for architecture in by_architecture:
             capability = int(architecture.removeprefix("sm_"))
             asked = capability in measured and all(text in name for text in match)
@@ -214,6 +219,7 @@ def main(arguments: list[str]) -> int:
     names = [f"sm_{capability}" for capability in SHARED_LIMIT]
     parser.add_argument("--family", nargs="+", choices=names, default=names, metavar="sm_80")
     parser.add_argument("--match", nargs="+", default=[], help="texts that a launch's name holds")
+    parser.add_argument("--goals", action="store_true", help="only what the goals are about")
     parser.add_argument("--workers", type=int, default=1, help="compilers at once (default 1)")
     parser.add_argument("--output", type=Path, help="JSON; a part of a run replaces its rows")
     parser.add_argument("--check", type=Path, metavar="JSON", help=f"such as {STORED.name}")
@@ -224,7 +230,7 @@ def main(arguments: list[str]) -> int:
     if kept and kept["compilers"] != binaries.versions():
         there, here = kept["compilers"], binaries.versions()
         parser.error(f"--check {asked.check} is of other compilers: {there}, here {here}")
-    whole = not asked.match and set(asked.family) == set(names)
+    whole = not asked.match and not asked.goals and set(asked.family) == set(names)
     before = None
     if asked.output and asked.output.exists() and not whole:
         before = load(asked.output)
@@ -232,13 +238,15 @@ def main(arguments: list[str]) -> int:
             parser.error(f"--output {asked.output} is of other compilers: replace it as a whole")
     capabilities = [int(name.removeprefix("sm_")) for name in asked.family]
     items = work(capabilities, asked.match)
+    if asked.goals:
+        items = {key: launch for key, launch in items.items() if goals.needed(launch, key[1])}
     rows = measure_all(items, asked.workers)
     print(table(rows))
     print(goals.summary(items, rows))
     if asked.output:
         save(document(rows, before), asked.output)
         print(f"wrote {asked.output}")
-    found = problems(rows, kept, asked.match)
+    found = problems(rows, kept, None if asked.goals else asked.match)
     for problem in found:
         print(f"FAULT {problem}", file=sys.stderr)
     print(f"{len(rows)} launches compiled, {len(found)} faults")
