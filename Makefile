@@ -12,7 +12,7 @@ help:
 	@echo "make demo            pretrain, tune, judge and report, in minutes on two cores"
 	@echo "make test            the whole test suite, no GPU needed"
 	@echo "make sanitize        the kernels with all their options, executed on the CPU (an hour)"
-	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (an hour at first)"
+	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (half an hour)"
 	@echo "make lint            ruff, mypy and clang-format, as in CI"
 	@echo "make format          let ruff and clang-format rewrite the sources"
 	@echo "make clean           remove .venv and everything built"

@@ -11,6 +11,7 @@ import pkgutil
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -112,6 +113,7 @@ def modules() -> Iterator[Any]:
             yield module
 
 
+@cache
 def launches(capability: int) -> dict[str, Launch]:
     """Return every distinct launch for an architecture by name.
 
