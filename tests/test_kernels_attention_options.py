@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_checks import Case, check_dense, check_packed
 from fuseformer.kernels import attention as kernels
+from matrix import case_name, cases
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -19,9 +20,7 @@ CASES = [
     Case((2, 2), (65, 40), 16, FP32, "bottom_right", bias="hq", batch=2),
     Case((2, 2), (17, 33), 16, FP32, bias="b", batch=2),
     Case((4, 2), (130, 140), 64, BF16, bias="hqk", batch=2),
-    Case((1, 1), (63, 111), 80, FP16, "bottom_right", bias="bqk", key_lengths=(50, 0), batch=2),
     Case((1, 1), (33, 40), 256, BF16, bias="qk"),
-    Case((2, 2), (40, 63), 16, BF16, "top_left", 0.3, padding=True, bias="hqk", batch=2),
     # windows, on both diagonals, within causality and without it
     Case((1, 1), (150, 150), 16, FP32, window=(10, 5)),
     Case((2, 1), (150, 150), 16, FP32, "top_left", window=(40, -1)),
@@ -35,9 +34,7 @@ CASES = [
     Case((1, 1), (40, 40), 16, FP32, window=(10**9, 10**9)),
     # softcap, ALiBi, sinks
     Case((1, 1), (113, 63), 40, FP32, softcap=5.0),
-    Case((1, 1), (63, 113), 64, BF16, "top_left", softcap=20.0, scale=2.0),
     Case((3, 3), (113, 63), 40, FP32, "bottom_right", alibi=True),
-    Case((2, 1), (63, 113), 64, FP16, alibi=True),
     Case((2, 2), (40, 70), 24, FP32, "bottom_right", sinks=True, batch=2),
     Case((2, 1), (70, 40), 64, BF16, "bottom_right", sinks=True, key_lengths=(0, 40), batch=2),
     # all together
@@ -55,6 +52,35 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_options_match_the_oracle(case):
     check_dense(kernels, case)
+
+
+# Heads, lengths and head dim; the rest of a call are options.
+SHAPES = (
+    ((6, 2), (63, 113), 40),
+    ((2, 2), (113, 63), 72),
+    ((5, 1), (111, 65), 96),
+    ((2, 1), (1, 257), 80),
+    ((1, 1), (257, 111), 64),
+)
+OPTIONS = {
+    "causal": ("none", "top_left", "bottom_right"),
+    "window": ((-1, -1), (40, 9)),
+    "softcap": (0.0, 15.0),
+    "bias": ("", "hqk"),
+    "alibi": (False, True),
+    "sinks": (False, True),
+    "dropout_p": (0.0, 0.2),
+    "padding": (False, True),
+    "key_lengths": ((), (50, 0)),
+}
+MATRIX = cases({"dtype": (BF16, FP16, FP32), "shape": SHAPES, **OPTIONS}, options=tuple(OPTIONS))
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=case_name)
+def test_any_two_options_together_match_the_oracle(case):
+    heads, lengths, head_dim = case["shape"]
+    options = {name: case[name] for name in OPTIONS}
+    check_dense(kernels, Case(heads, lengths, head_dim, case["dtype"], batch=2, **options))
 
 
 @pytest.mark.parametrize(
