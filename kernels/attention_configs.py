@@ -149,7 +149,9 @@ _QUERY_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
     "sm_90": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
 }
-_BIAS_EXCEPTIONS: dict[str, _Table] = {"sm_86": {32: {"logits": Tiles(32, 64, 64, 8, 2)}}}
+_BIAS_EXCEPTIONS: dict[str, _Table] = {
+    "sm_86": dict.fromkeys((16, 32), {"logits": Tiles(32, 64, 64, 8, 2)})
+}
 
 # Single precision has no tensor cores: small tiles, the same for every family and demand.
 _FORWARD_SINGLE = {
