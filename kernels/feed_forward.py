@@ -77,17 +77,18 @@ def activation_kernel(
     tl.store(act_ptr + offsets, act.to(act_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
 def activation_gradient_kernel(
-    pre_ptr, gradient_ptr, act_ptr, db1_ptr, seed_ptr, tokens, threshold, dropout_scale,
+    pre_ptr, gradient_ptr, act_ptr, db1_ptr, seed_ptr, tokens, blocks, threshold, dropout_scale,
     HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Turn the gradient of the activations into that of `pre`, in place, for BLOCKS row blocks.
+    """Turn the gradient of the activations into that of `pre`, in place, for `blocks` row blocks.
 
-    Grid: (row blocks / BLOCKS, hidden blocks). Tensors are (tokens, HIDDEN) contiguous. `act_ptr`,
+    Grid: (row blocks / blocks, hidden blocks). Tensors are (tokens, HIDDEN) contiguous. `act_ptr`,
     unless None, receives the activation again, for the gradient of w2; `db1_ptr`, unless None, is
-    (row blocks / BLOCKS, HIDDEN) float32 partial sums.
+    (row blocks / blocks, HIDDEN) float32 partial sums. `blocks` is no constant, so that the loop
+    stays one: unrolled it spills.
     """
     group, start = tl.program_id(0), tl.program_id(1) * BLOCK_H
     units = start + tl.arange(0, BLOCK_H)  # (BLOCK_H,)
@@ -95,8 +96,8 @@ def activation_gradient_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     total = tl.zeros((BLOCK_H,), tl.float32)
-    for block in range(BLOCKS):
-        row = (group * BLOCKS + block) * BLOCK_M
+    for block in range(blocks):
+        row = (group * blocks + block) * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1)
         inside = (rows < tokens) & (units[None, :] < HIDDEN)
         offsets = rows.to(tl.int64) * HIDDEN + units[None, :]  # (BLOCK_M, BLOCK_H)
@@ -189,7 +190,7 @@ def _epilogue_backward(
         "gradient_ptr": gradient,
         "act_ptr": act,
         "db1_ptr": db1,
-        "BLOCKS": _BLOCKS_PER_PROGRAM,
+        "blocks": _BLOCKS_PER_PROGRAM,
         "ACTIVATION": activation,
         **dropout,
     }

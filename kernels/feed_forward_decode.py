@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .activations import activate
 from .common import dropout_keep, launch
-from .feed_forward_tiles import load_block
 
 # ------------------------------------------------------------------------------------------------
 # Configs
@@ -52,27 +51,35 @@ def _splits(hidden: int, out_width: int) -> int:
 @triton.jit
 def _rows_times_weights(
     x_ptr, w_ptr, rows, tokens, first, last,
-    K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOUND_K: tl.constexpr,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BOUND_K: tl.constexpr,
 ):  # fmt: skip
     """Return ``x @ w.T`` over the columns from `first` to `last` of K, float32.
 
-    `x_ptr` begins at x (tokens, K), `w_ptr` at the first of the block's `rows` rows of w (N, K).
+    `x_ptr` begins at x (tokens, K), `w_ptr` at the block's rows of w, of which `rows` are left.
     """
+    # Rows past either end repeat the last one and are not stored: fewer masks in the loop.
+    x_rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1)[:, None]  # (BLOCK_M, 1)
+    w_rows = tl.minimum(tl.arange(0, BLOCK_N), rows - 1)[:, None]  # (BLOCK_N, 1)
+    columns = tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
+    x_offsets = x_rows * K + columns  # (BLOCK_M, BLOCK_K)
+    w_offsets = w_rows * K + columns  # (BLOCK_N, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_K):
-        x = load_block(x_ptr + start, K, tokens, K - start, BLOCK_M, BLOCK_K, True, BOUND_K)
-        w = load_block(
-            w_ptr + start, K, rows, K - start, BLOCK_N, BLOCK_K, N % BLOCK_N != 0, BOUND_K
-        )  # (BLOCK_N, BLOCK_K)
+        if BOUND_K:
+            x = tl.load(x_ptr + start + x_offsets, mask=columns < K - start, other=0.0)
+            w = tl.load(w_ptr + start + w_offsets, mask=columns < K - start, other=0.0)
+        else:
+            x = tl.load(x_ptr + start + x_offsets)  # (BLOCK_M, BLOCK_K)
+            w = tl.load(w_ptr + start + w_offsets)  # (BLOCK_N, BLOCK_K)
         acc = tl.dot(x, tl.trans(w), acc)
     return acc  # (BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["tokens", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "width", "threshold"])
 def decode_hidden_kernel(
     x_ptr, w1_ptr, b1_ptr, w_up_ptr, pre_ptr, up_ptr, hidden_ptr, seed_ptr,
-    tokens, threshold, dropout_scale,
+    tokens, width, threshold, dropout_scale,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -80,13 +87,14 @@ def decode_hidden_kernel(
 
     Grid: (hidden blocks,). All tensors are contiguous: x (tokens, WIDTH), weights (HIDDEN, WIDTH),
     hidden (tokens, HIDDEN). `pre_ptr` and `up_ptr`, unless None, receive the first products.
+    `width` is WIDTH again: a loop of known length would be unrolled whole.
     """
     unit = tl.program_id(0) * BLOCK_N
     weights = unit.to(tl.int64) * WIDTH
     left = HIDDEN - unit
     pre = _rows_times_weights(
-        x_ptr, w1_ptr + weights, left, tokens, 0, WIDTH,
-        WIDTH, HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, WIDTH % BLOCK_K != 0,
+        x_ptr, w1_ptr + weights, left, tokens, 0, width,
+        WIDTH, BLOCK_M, BLOCK_N, BLOCK_K, WIDTH % BLOCK_K != 0,
     )  # (BLOCK_M, BLOCK_N)  # fmt: skip
     rows = tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1)
     units = unit + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
@@ -99,8 +107,8 @@ def decode_hidden_kernel(
     act, _ = activate(pre, ACTIVATION)  # (BLOCK_M, BLOCK_N)
     if w_up_ptr is not None:
         up = _rows_times_weights(
-            x_ptr, w_up_ptr + weights, left, tokens, 0, WIDTH,
-            WIDTH, HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, WIDTH % BLOCK_K != 0,
+            x_ptr, w_up_ptr + weights, left, tokens, 0, width,
+            WIDTH, BLOCK_M, BLOCK_N, BLOCK_K, WIDTH % BLOCK_K != 0,
         )  # (BLOCK_M, BLOCK_N)  # fmt: skip
         if up_ptr is not None:
             tl.store(up_ptr + offsets, up.to(up_ptr.dtype.element_ty), mask=inside)
@@ -130,7 +138,7 @@ def decode_output_kernel(
     acc = _rows_times_weights(
         hidden_ptr, w2_ptr + column.to(tl.int64) * HIDDEN, OUT - column, tokens,
         first, tl.minimum(first + SPLIT, HIDDEN),
-        HIDDEN, OUT, BLOCK_M, BLOCK_N, BLOCK_K, HIDDEN % BLOCK_K != 0,
+        HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, HIDDEN % BLOCK_K != 0,
     )  # (BLOCK_M, BLOCK_N)  # fmt: skip
     rows = tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1)
     columns = column + tl.arange(0, BLOCK_N)[None, :]  # (1, BLOCK_N)
@@ -195,6 +203,7 @@ def decode_forward(
         "pre_ptr": pre,
         "up_ptr": up,
         "hidden_ptr": act,
+        "width": width,
         "WIDTH": width,
         "HIDDEN": hidden,
         "ACTIVATION": activation,

@@ -48,8 +48,12 @@ _BACKWARD_CONFIGS: dict[int, Config] = {
 # With dropout, whose random words take registers too.
 _DROPPING_CONFIGS: dict[int, Config] = {}
 
-# What differs from the tables above in a family.
-_FORWARD_EXCEPTIONS: dict[str, dict[int, Config]] = {}
+# What differs from the tables above in a family: code for sm_86 takes more registers, and so do
+# four warps with a wgmma as wide as the output.
+_FORWARD_EXCEPTIONS: dict[str, dict[int, Config]] = {
+    "sm_86": {128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
+    "sm_90": {256: (64, 32, 8, 2)},
+}
 _BACKWARD_EXCEPTIONS: dict[str, dict[int, Config]] = {}
 
 

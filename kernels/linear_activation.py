@@ -27,15 +27,18 @@ MAX_WIDTH = 1024
 
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages by family.
 _Config = tuple[int, int, int, int, int]
-# sm_80: long blocks of one buffer each leave room for two programs on a multiprocessor, which cover
-# each other's loads; sm_86 has memory for one, so that it needs the buffers. 128 x 256 is what two
-# warpgroups of wgmma accumulate.
-_CONFIGS: dict[str, _Config] = {
+# ReLU alone, of which only the activation is stored. sm_80: long blocks of one buffer each leave
+# room for two programs on a multiprocessor, which cover each other's loads; sm_86 has memory for
+# one. 128 x 256 is what two warpgroups of wgmma accumulate.
+_LEAN_CONFIGS: dict[str, _Config] = {
     "sm_80": (128, 128, 128, 4, 2),
     "sm_86": (128, 128, 64, 4, 3),
     "sm_90": (128, 256, 64, 8, 3),
     "sm_100": (128, 128, 64, 8, 3),
 }
+
+# Any more than that: half as many values a thread, or what the epilogue needs would be spilled.
+_CONFIGS: dict[str, _Config] = dict.fromkeys(_LEAN_CONFIGS, (128, 128, 64, 8, 3))
 
 # Neighbouring programs share blocks of weights: this many blocks of rows take turns at each.
 _GROUP_M = 8
@@ -45,7 +48,7 @@ def serves(x: Tensor) -> bool:
     """Return whether this kernel is taken for the first product of `x` (T, width)."""
     family = device_family(x.device)
     width = x.shape[1]
-    aligned = width % 8 == 0  # else no load of 16 bytes
+    aligned = width % 16 == 0  # what Triton must know of a size to load 16 bytes at once
     return x.dtype.itemsize == 2 and family in ("sm_80", "sm_86") and aligned and width <= MAX_WIDTH
 
 
@@ -125,7 +128,9 @@ def linear_activation(
     """
     act = x.new_empty(x.shape[0], w.shape[0])
     pre = torch.empty_like(act) if saves_pre else None
-    block_m, block_n, block_k, num_warps, num_stages = _CONFIGS[device_family(x.device)]
+    lean = activation == "relu" and dropout["seed_ptr"] is None and not saves_pre
+    configs = _LEAN_CONFIGS if lean else _CONFIGS
+    block_m, block_n, block_k, num_warps, num_stages = configs[device_family(x.device)]
     arguments = {
         "x_ptr": x,
         "w_ptr": w,
@@ -164,7 +169,7 @@ def kernel_specs(family: str) -> Iterator[KernelSpec]:
     cases = [
         (torch.bfloat16, 512, "relu", False, False),
         (torch.bfloat16, 512, "gelu", True, True),
-        (torch.float16, 1000, "gelu_tanh", True, True),
+        (torch.float16, 1008, "gelu_tanh", True, True),
         (torch.float16, 1024, "silu", False, True),
     ]
     for dtype, width, activation, drops, saves_pre in cases:

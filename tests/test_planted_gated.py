@@ -36,9 +36,9 @@ def plain(case: FeedForwardCase) -> Check:
 
 EPILOGUE = gated(GatedCase((33, 24, 40, 16), "gelu_tanh", FP32))
 RESIDENT = gated(GatedCase((70, 24, 72, 16), "silu", FP16, regime="resident", chunked=True))
-FEW = gated(GatedCase((5, 264, 552, 16), "silu", BF16, regime="few rows"))
+FEW = gated(GatedCase((5, 40, 1100, 16), "silu", BF16, regime="few rows"))
 FEW_RELU = plain(FeedForwardCase((5, 264, 40, 16), "relu", BF16))
-MATMUL = plain(FeedForwardCase((130, 264, 136, 16), "gelu", BF16))
+MATMUL = plain(FeedForwardCase((17, 272, 136, 16), "gelu", BF16))
 
 GATED, RESIDENT_FILE = "gated_feed_forward", "gated_feed_forward_resident.py"
 DECODE, LINEAR = "feed_forward_decode.py", "linear_activation.py"
