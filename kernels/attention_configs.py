@@ -150,7 +150,7 @@ _QUERY_EXCEPTIONS: dict[str, _Table] = {
     "sm_90": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
 }
 _BIAS_EXCEPTIONS: dict[str, _Table] = {
-    "sm_86": dict.fromkeys((16, 32), {"logits": Tiles(32, 64, 64, 8, 2)})
+    "sm_86": {dim: {"logits": Tiles(32, 64, 64, 8, 2)} for dim in (16, 32)}
 }
 
 # Single precision has no tensor cores: small tiles, the same for every family and demand.
