@@ -192,9 +192,9 @@ def stored_rows() -> scores.Rows:
     }
 
 
-def test_the_stored_matrix_has_every_launch():
-    """Where a launch was added or lost: `make compile-matrix`."""
-    assert set(stored_rows()) == set(scores.work(list(SHARED_LIMIT), []))
+def test_the_stored_matrix_names_no_launch_that_is_gone():
+    """`make compile-matrix` adds what is new and measures everything again."""
+    assert set(stored_rows()) <= set(scores.work(list(SHARED_LIMIT), []))
 
 
 def test_the_stored_matrix_has_no_faults():
