@@ -273,6 +273,7 @@ def kernel_specs(family: str) -> Iterator[KernelSpec]:
     """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     cases = [(bf16, width, "relu", 0.1) for width in (32, 64, 96, 128, 256, 512)]
+    cases += [(bf16, width, "relu", 0.0) for width in (128, 256)]
     cases += [(bf16, width, "gelu", 0.0) for width in (32, 64, 128, 256, 512)]
     cases += [(fp16, width, "gelu_tanh", 0.1) for width in (40, 200, 512)]
     cases += [(fp16, width, "silu", 0.1) for width in (128, 256)]
