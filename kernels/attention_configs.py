@@ -35,6 +35,7 @@ class Tiles(NamedTuple):
 
 _Row = dict[Demand, Tiles]
 _Table = dict[int, _Row]
+_Singles = dict[int | tuple[str, int], Tiles]
 
 #: 16-bit inputs by head dim and demand. A demand that is missing takes the row of the next lower.
 _FORWARD: _Table = {
@@ -132,7 +133,7 @@ _KEY_EXCEPTIONS: dict[str, _Table] = {
         16: {"lean": Tiles(64, 128, 32, 8, 2), "logits": Tiles(32, 64, 32, 8, 2)},
         32: {
             "lean": Tiles(64, 128, 64, 8, 2),
-            "general": Tiles(64, 128, 32, 8, 2),
+            "general": Tiles(32, 128, 32, 8, 2),
             "dropout": Tiles(32, 128, 32, 8, 2),
             "logits": Tiles(32, 64, 32, 8, 2),
         },
@@ -153,35 +154,40 @@ _BIAS_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {dim: {"logits": Tiles(32, 64, 64, 8, 2)} for dim in (16, 32)}
 }
 
-# Single precision has no tensor cores: small tiles, the same for every family and demand.
-_FORWARD_SINGLE = {
+# Single precision has no tensor cores: small tiles, the same for every demand, and but for the rows
+# that name a family for every one.
+_FORWARD_SINGLE: _Singles = {
     16: Tiles(32, 32, 32, 4, 1),
     32: Tiles(32, 32, 32, 4, 1),
     64: Tiles(32, 32, 32, 8, 1),
     128: Tiles(16, 32, 32, 8, 1),
     256: Tiles(16, 32, 32, 8, 1),
+    ("sm_90", 256): Tiles(16, 32, 32, 8, 2),
+    ("sm_100", 256): Tiles(16, 32, 32, 8, 2),
 }
-_KEY_SINGLE = {
+_KEY_SINGLE: _Singles = {
     16: Tiles(32, 32, 32, 4, 1),
     32: Tiles(32, 32, 32, 4, 1),
     64: Tiles(32, 32, 32, 8, 1),
     128: Tiles(16, 32, 16, 16, 2),
     256: Tiles(16, 32, 16, 8, 2),
 }
-_QUERY_SINGLE = {
+_QUERY_SINGLE: _Singles = {
     16: Tiles(32, 32, 32, 4, 1),
     32: Tiles(32, 32, 32, 8, 1),
     64: Tiles(32, 32, 32, 8, 1),
     128: Tiles(32, 32, 32, 4, 1),
+    ("sm_86", 128): Tiles(32, 32, 32, 8, 1),
+    ("sm_100", 128): Tiles(32, 32, 32, 8, 1),
     256: Tiles(16, 32, 32, 16, 1),
 }
-_BIAS_SINGLE = dict.fromkeys((16, 32, 64, 128, 256), Tiles(32, 32, 32, 8, 1))
+_BIAS_SINGLE: _Singles = dict.fromkeys((16, 32, 64, 128, 256), Tiles(32, 32, 32, 8, 1))
 
 
 def _tiles(
     table: _Table,
     exceptions: dict[str, _Table],
-    single: dict[int, Tiles],
+    single: _Singles,
     family: str,
     block_d: int,
     dtype: torch.dtype,
@@ -189,7 +195,7 @@ def _tiles(
 ) -> Tiles:
     """Return the config for `demand`, or the one for less where they are the same."""
     if dtype == torch.float32:
-        return single[block_d]
+        return single.get((family, block_d)) or single[block_d]
     row = exceptions.get(family, {}).get(block_d) or table[block_d]
     order: tuple[Demand, ...] = ("lean", "general", "dropout", "logits", "everything")
     for lower in reversed(order[: order.index(demand) + 1]):

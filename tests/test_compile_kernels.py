@@ -49,10 +49,23 @@ def chosen(capability: int) -> Iterator[tuple[str, Launch]]:
         yield members[turn % len(members)]
 
 
+# Not mended yet: dropout and all that acts on the logits at once, at the largest head dim.
+SPILLS = pytest.mark.xfail(strict=True, reason="spills 32 bytes of registers per thread")
+KNOWN_FAULTS = {
+    "sm_90 attention_key_gradient bf16 GROUP=2 HEAD_DIM=256 BLOCK_D=256 ALIGN=8 seed bias slopes "
+    "window_left window_right softcap": SPILLS,
+}
+
+
 @pytest.mark.parametrize(
     ("capability", "launch"),
     [
-        pytest.param(capability, launch, id=f"sm_{capability}-{name.replace(' ', '-')}")
+        pytest.param(
+            capability,
+            launch,
+            id=f"sm_{capability}-{name.replace(' ', '-')}",
+            marks=KNOWN_FAULTS.get(f"sm_{capability} {name}", ()),
+        )
         for capability in CAPABILITIES
         for name, launch in chosen(capability)
     ],

@@ -24,14 +24,14 @@ def dense(case: Case) -> Callable[[ModuleType], None]:
 BUGS = {
     "the causal mask hides the diagonal": (
         "attention_logits.py",
-        "ends = rows + (scoring.diagonal + scoring.window_right + 1)",
-        "ends = rows + (scoring.diagonal + scoring.window_right)",
+        "shift = scoring.diagonal + scoring.window_right + 1 - column",
+        "shift = scoring.diagonal + scoring.window_right - column",
         dense(SMALL),
     ),
     "the causal mask lets one future key in": (
         "attention_logits.py",
-        "(across < tl.expand_dims(ends, AXIS))",
-        "(across <= tl.expand_dims(ends, AXIS))",
+        "seen = places < tl.expand_dims(ends, AXIS)",
+        "seen = places <= tl.expand_dims(ends, AXIS)",
         dense(SMALL),
     ),
     "the block on the diagonal counts as full": (

@@ -20,14 +20,14 @@ SINKS = Case((2, 2), (33, 40), 16, FP32, sinks=True)
 BUGS = {
     "the left side of a window is one short": (
         "attention_logits.py",
-        "starts = rows + (scoring.diagonal - scoring.window_left)",
-        "starts = rows + (scoring.diagonal - scoring.window_left + 1)",
+        "starts = rows + (scoring.diagonal - scoring.window_left - column)",
+        "starts = rows + (scoring.diagonal - scoring.window_left - column + 1)",
         WINDOW,
     ),
     "the window lies on the wrong side": (
         "attention_logits.py",
-        "starts = rows + (scoring.diagonal - scoring.window_left)",
-        "starts = rows + (scoring.diagonal + scoring.window_left)",
+        "starts = rows + (scoring.diagonal - scoring.window_left - column)",
+        "starts = rows + (scoring.diagonal + scoring.window_left - column)",
         WINDOW,
     ),
     "a block at the left edge counts as full": (
