@@ -42,7 +42,11 @@ _FORWARD: _Table = {
     16: {"lean": Tiles(128, 128, 64, 8, 3)},
     32: {"lean": Tiles(128, 128, 64, 8, 2)},
     64: {"lean": Tiles(128, 128, 64, 8, 2)},
-    128: {"lean": Tiles(128, 64, 32, 8, 2)},
+    128: {
+        "lean": Tiles(128, 64, 32, 8, 2),
+        "dropout": Tiles(128, 32, 32, 8, 2),
+        "logits": Tiles(128, 64, 32, 8, 2),
+    },
     256: {"lean": Tiles(64, 64, 32, 8, 2)},
 }
 _KEY_GRADIENT: _Table = {
@@ -55,13 +59,14 @@ _KEY_GRADIENT: _Table = {
     64: {
         "lean": Tiles(64, 128, 32, 8, 2),
         "general": Tiles(32, 64, 32, 8, 2),
-        "dropout": Tiles(32, 128, 32, 8, 2),
-        "logits": Tiles(32, 64, 32, 8, 1),
+        "dropout": Tiles(32, 64, 32, 8, 1),
         "everything": Tiles(32, 32, 32, 4, 2),
     },
     128: {
         "lean": Tiles(32, 64, 16, 4, 2),
         "general": Tiles(32, 64, 32, 8, 2),
+        "dropout": Tiles(32, 64, 32, 8, 1),
+        "logits": Tiles(32, 64, 32, 8, 2),
         "everything": Tiles(32, 32, 32, 8, 1),
     },
     256: {
@@ -75,7 +80,11 @@ _QUERY_GRADIENT: _Table = {
     32: {"lean": Tiles(128, 64, 64, 8, 2)},
     64: {"lean": Tiles(128, 64, 64, 8, 2), "logits": Tiles(128, 32, 32, 8, 2)},
     128: {"lean": Tiles(128, 32, 32, 8, 2), "logits": Tiles(64, 32, 32, 8, 2)},
-    256: {"lean": Tiles(64, 32, 32, 8, 1), "dropout": Tiles(64, 32, 32, 8, 2)},
+    256: {
+        "lean": Tiles(64, 32, 32, 8, 1),
+        "dropout": Tiles(32, 32, 32, 8, 2),
+        "logits": Tiles(64, 32, 32, 8, 2),
+    },
 }
 # The bias gradient holds one accumulator, and both operands of both products at once.
 _BIAS_GRADIENT: _Table = {
