@@ -191,7 +191,13 @@ _QUERY_SINGLE: _Singles = {
     ("sm_100", 128): Tiles(32, 32, 32, 8, 1),
     256: Tiles(16, 32, 32, 16, 1),
 }
-_BIAS_SINGLE: _Singles = dict.fromkeys((16, 32, 64, 128, 256), Tiles(32, 32, 32, 8, 1))
+_BIAS_SINGLE: _Singles = {
+    16: Tiles(32, 32, 32, 8, 1),
+    32: Tiles(32, 32, 32, 8, 1),
+    64: Tiles(32, 32, 32, 8, 1),
+    128: Tiles(32, 32, 32, 8, 1),
+    256: Tiles(16, 32, 32, 8, 1),
+}
 
 
 def _tiles(
