@@ -14,7 +14,16 @@ from torch import Tensor
 from .attention_backward import attention_backward, varlen_attention_backward
 from .attention_configs import forward_tiles
 from .attention_layout import Layout, Options, positive_scale
-from .attention_logits import LN2, LOG2E, finished_logits, first_products, key_ranges, scoring_of
+from .attention_logits import (
+    LN2,
+    LOG2E,
+    finished_logits,
+    first_products,
+    key_ranges,
+    scoring_of,
+    walk,
+    walked,
+)
 from .attention_tiles import (
     RUNTIME_SIZES,
     aligned,
@@ -55,16 +64,10 @@ def _attend(
     BLOCK_M: tl.constexpr = q.shape[0]
     k_offsets = tile_offsets(stride_ks, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
     v_offsets = tile_offsets(stride_vs, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
-    gap = 0
-    if MASKED and scoring.window_left is not None:
-        gap = tail - head_end
-        end = head_end + tl.maximum(end - tail, 0)
-    elif MASKED:
-        begin = tail
-    for place in range(begin, end, BLOCK_N):
-        start = place
-        if MASKED and scoring.window_left is not None:
-            start = tl.where(place < head_end, place, place + gap)
+    HAS_HEAD: tl.constexpr = scoring.window_left is not None
+    first, last, gap = walk(begin, head_end, tail, end, MASKED, HAS_HEAD)
+    for place in range(first, last, BLOCK_N):
+        start = walked(place, head_end, gap, MASKED, HAS_HEAD)
         k = load_tile(k_base, k_offsets, start, stride_ks, scoring.key_end, HEAD_DIM, MASKED)
         products = first_products(row, start, scoring, 1, MASKED, BLOCK_M, BLOCK_N)
         products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)

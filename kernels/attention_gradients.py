@@ -11,7 +11,15 @@ Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Wor
 import triton
 import triton.language as tl
 
-from .attention_logits import finished_logits, first_products, key_ranges, query_ranges, scoring_of
+from .attention_logits import (
+    finished_logits,
+    first_products,
+    key_ranges,
+    query_ranges,
+    scoring_of,
+    walk,
+    walked,
+)
 from .attention_tiles import (
     RUNTIME_SIZES,
     aligned,
@@ -48,14 +56,9 @@ def _add_key_gradients(
     )
     q_offsets = tile_offsets(stride_qs, BLOCK_M, k.shape[1])  # (BLOCK_M, BLOCK_D)
     dout_offsets = tile_offsets(stride_dos, BLOCK_M, k.shape[1])  # (BLOCK_M, BLOCK_D)
-    gap = 0
-    if MASKED:
-        gap = tail - head_end
-        end = head_end + tl.maximum(end - tail, 0)
-    for place in range(begin, end, BLOCK_M):
-        row = place
-        if MASKED:
-            row = tl.where(place < head_end, place, place + gap)
+    first, last, gap = walk(begin, head_end, tail, end, MASKED, True)
+    for place in range(first, last, BLOCK_M):
+        row = walked(place, head_end, gap, MASKED, True)
         rows = row + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
         q = load_tile(q_base, q_offsets, row, stride_qs, scoring.seqlen_q, HEAD_DIM, MASKED)
         if MASKED:
@@ -124,16 +127,10 @@ def _add_query_gradient(
     """Add what key blocks give to dq of a query block; which ones, as in the forward pass."""
     k_offsets = tile_offsets(stride_ks, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
     v_offsets = tile_offsets(stride_vs, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
-    gap = 0
-    if MASKED and scoring.window_left is not None:
-        gap = tail - head_end
-        end = head_end + tl.maximum(end - tail, 0)
-    elif MASKED:
-        begin = tail
-    for place in range(begin, end, BLOCK_N):
-        start = place
-        if MASKED and scoring.window_left is not None:
-            start = tl.where(place < head_end, place, place + gap)
+    HAS_HEAD: tl.constexpr = scoring.window_left is not None
+    first, last, gap = walk(begin, head_end, tail, end, MASKED, HAS_HEAD)
+    for place in range(first, last, BLOCK_N):
+        start = walked(place, head_end, gap, MASKED, HAS_HEAD)
         k = load_tile(k_base, k_offsets, start, stride_ks, scoring.key_end, HEAD_DIM, MASKED)
         v = load_tile(v_base, v_offsets, start, stride_vs, scoring.key_end, HEAD_DIM, MASKED)
         dlogits, derivative = logit_gradients(

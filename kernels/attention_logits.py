@@ -142,6 +142,32 @@ def query_ranges(
 
 
 @triton.jit
+def walk(begin, head_end, tail, end, MASKED: tl.constexpr, HAS_HEAD: tl.constexpr):
+    """Return (first, last, gap) of a loop over the blocks of a pass.
+
+    If MASKED, those are the blocks from `begin` to `head_end`, where HAS_HEAD says that there may
+    be any, and from `tail` to `end`; else those from `begin` to `end`. The loop counts through both
+    parts as if they were one; `walked` gives the position that a place in it stands for.
+    """
+    gap = 0
+    if MASKED and HAS_HEAD:
+        gap = tail - head_end
+        end = head_end + tl.maximum(end - tail, 0)
+    elif MASKED:
+        begin = tail
+    return begin, end, gap
+
+
+@triton.jit
+def walked(place, head_end, gap, MASKED: tl.constexpr, HAS_HEAD: tl.constexpr):
+    """Return the position of `place` in a `walk`."""
+    position = place
+    if MASKED and HAS_HEAD:
+        position = tl.where(place < head_end, place, place + gap)
+    return position
+
+
+@triton.jit
 def visible(
     row, column, scoring, AXIS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip

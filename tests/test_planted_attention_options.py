@@ -43,9 +43,9 @@ BUGS = {
         WINDOW,
     ),
     "blocks behind the full ones are read before them": (
-        "attention.py",
-        "tl.where(place < head_end, place, place + gap)",
-        "place",
+        "attention_logits.py",
+        "position = tl.where(place < head_end, place, place + gap)",
+        "position = place",
         WINDOW,
     ),
     "the last rows of a window never reach dk": (
