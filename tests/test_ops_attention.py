@@ -353,3 +353,22 @@ def test_attention_weights_are_those_of_the_call():
     expected = out[:, [4, 1]][:, :, [0, 8]]
     assert_close_to_reference(weights[..., :8], expected, expected)
     assert (weights[0] == 0).all()
+
+
+def test_second_derivatives_of_self_attention_count_a_shared_input_once():
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+
+    def penalty(attend) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(attend(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    ours = penalty(lambda x: ff.attention(x, x, x, causal=True))
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+    def plain_attention(x: torch.Tensor) -> torch.Tensor:
+        logits = (x @ x.mT / 8**0.5).masked_fill(hidden, -math.inf)
+        return logits.softmax(-1) @ x
+
+    plain = penalty(plain_attention)
+    torch.testing.assert_close(ours, plain)
