@@ -113,15 +113,14 @@ def _launch_delta(
     return lse_log2, delta
 
 
-def _sink_gradient(sinks: Tensor, lse_log2: Tensor, delta: Tensor) -> Tensor:
+def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """Return the gradient of `sinks` (H,): a sink is a key whose value is 0.
 
-    `lse_log2` and `delta` are (B, H, Sq) or (H, Tq), as the delta kernel wrote them.
+    `lse` and `delta` are (B, H, Sq) or (H, Tq). Rows that no sequence owns have an lse of -inf, and
+    a delta that nobody wrote.
     """
-    log2e = 1.4426950408889634
-    weights = torch.exp2(sinks.float()[:, None] * log2e - lse_log2)  # of the sinks, by row
-    weights = torch.where(lse_log2.isfinite(), weights, 0.0)
-    rows = (weights * delta).sum(-1)
+    weights = torch.exp(sinks.float()[:, None] - lse)  # of the sinks, by row
+    rows = torch.where(lse.isfinite(), weights * delta, 0.0).sum(-1)
     return (-rows.sum(0) if rows.dim() == 2 else -rows).to(sinks.dtype)
 
 
@@ -193,7 +192,7 @@ def _launch_backward(
     if bias_grad and options.bias is not None:
         inputs |= layout.strides(q=signed_q, k=k, v=v, do=dout)
         dbias = bias_gradient(layout, options.bias, layout.demand(options), inputs)
-    dsinks = None if options.sinks is None else _sink_gradient(options.sinks, lse_log2, delta)
+    dsinks = None if options.sinks is None else _sink_gradient(options.sinks, lse, delta)
     return (dq.neg_() if signed_q is not q else dq), dk, dv, dbias, dsinks
 
 
