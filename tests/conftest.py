@@ -29,6 +29,9 @@ _offer_bench()
 def triton_on_cpu() -> Iterator[None]:
     """Execute every Triton launch on the CPU, out-of-bounds accesses and races being failures.
 
+    What `torch.empty` returns is filled with NaN meanwhile: memory that nobody wrote may hold what
+    one expects, and does so on most runs.
+
     Triton is patched for the whole process while the session is open, and `choose_backend` takes
     the "triton" backend for CPU tensors where it is asked for by name. The session also leaves a
     `torch.cuda` behind that claims a GPU, which `torch.compile` believes: it is put back here.
@@ -41,9 +44,13 @@ def triton_on_cpu() -> Iterator[None]:
     served, cuda = set(backends.TRITON_DEVICES), dict(vars(torch.cuda))
     with sanitize.session(80, "<pytest>", cuda_is_cpu=False, races="raise"):
         backends.TRITON_DEVICES.add("cpu")
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        assert torch.utils.deterministic.fill_uninitialized_memory
         try:
             yield
         finally:
+            torch.use_deterministic_algorithms(deterministic)
             backends.TRITON_DEVICES.clear()
             backends.TRITON_DEVICES.update(served)
             vars(torch.cuda).update(cuda)
