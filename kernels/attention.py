@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_backward import attention_backward, varlen_attention_backward
-from .attention_configs import forward_tiles
+from .attention_configs import attention_tiles
 from .attention_layout import Layout, Options, positive_scale
 from .attention_logits import (
     LN2,
@@ -192,7 +192,9 @@ def _launch_forward(
     layout: Layout, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options
 ) -> None:
     """Write `out` and `lse`."""
-    tiles = forward_tiles(layout.family, layout.block_d, layout.dtype, layout.demand(options))
+    tiles = attention_tiles(
+        "forward", layout.family, layout.block_d, layout.dtype, layout.demand(options)
+    )
     sinks = options.sinks
     arguments = {
         "q_ptr": q,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_bias_gradient import bias_gradient
-from .attention_configs import key_gradient_tiles, query_gradient_tiles
+from .attention_configs import attention_tiles
 from .attention_gradients import attention_key_gradient_kernel, attention_query_gradient_kernel
 from .attention_layout import Layout, Options, positive_scale, unit_stride
 from .attention_logits import LOG2E
@@ -155,7 +155,7 @@ def _launch_backward(
         **layout.arguments(lse, options),
     }
     kind = (layout.family, layout.block_d, layout.dtype, layout.demand(options))
-    tiles = key_gradient_tiles(*kind)
+    tiles = attention_tiles("key_gradient", *kind)
     blocks = triton.cdiv(layout.seqlen_k, tiles.block_n)
     launch(
         attention_key_gradient_kernel,
@@ -172,7 +172,7 @@ def _launch_backward(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    tiles = query_gradient_tiles(*kind)
+    tiles = attention_tiles("query_gradient", *kind)
     blocks = triton.cdiv(layout.seqlen_q, tiles.block_m)
     launch(
         attention_query_gradient_kernel,

@@ -9,14 +9,16 @@ other than lean calls, go below the 64 rows that the newer tensor-core instructi
 spill there: products become mma.sync.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-#: What a call asks of the registers: "lean" calls fill their tiles, have a key head for each query
-#: head, no dropout and nothing that acts on their logits; "general" ones lack the last two,
-#: "logits" ones the dropout.
-Demand = Literal["lean", "general", "dropout", "logits", "everything"]
+#: What a call asks of the registers: "lean" calls fill their tiles and have a key head for each
+#: query head, "general" ones need not. "windowed" ones hide the far past, "dropout" ones drop,
+#: "logits" ones have something that acts on their logits, "everything" is both of the last.
+Demand = Literal["lean", "general", "windowed", "dropout", "logits", "everything"]
+DEMANDS: tuple[Demand, ...] = get_args(Demand)
+Pass = Literal["forward", "key_gradient", "query_gradient", "bias_gradient"]
 
 
 class Tiles(NamedTuple):
@@ -33,11 +35,10 @@ class Tiles(NamedTuple):
     stages: int
 
 
-_Row = dict[Demand, Tiles]
-_Table = dict[int, _Row]
-_Singles = dict[int | tuple[str, int], Tiles]
+#: By head dim and demand; a demand that is missing takes the entry of the next lower.
+_Table = dict[int, dict[Demand, Tiles]]
 
-#: 16-bit inputs by head dim and demand. A demand that is missing takes the row of the next lower.
+# 16-bit inputs.
 _FORWARD: _Table = {
     16: {"lean": Tiles(128, 128, 64, 8, 3)},
     32: {"lean": Tiles(128, 128, 64, 8, 2)},
@@ -104,7 +105,13 @@ _FORWARD_EXCEPTIONS: dict[str, _Table] = {
         256: {"lean": Tiles(64, 32, 32, 8, 2)},
     },
     "sm_90": {
+        16: {"lean": Tiles(128, 128, 64, 8, 3), "logits": Tiles(128, 64, 64, 8, 3)},
         64: {"lean": Tiles(128, 128, 64, 8, 2), "logits": Tiles(128, 64, 32, 8, 2)},
+        128: {
+            "lean": Tiles(128, 128, 32, 8, 2),
+            "windowed": Tiles(128, 64, 64, 8, 2),
+            "logits": Tiles(128, 64, 32, 8, 2),
+        },
         256: {"lean": Tiles(64, 32, 32, 8, 2), "logits": Tiles(32, 32, 32, 8, 1)},
     },
     "sm_100": {
@@ -131,9 +138,15 @@ _KEY_EXCEPTIONS: dict[str, _Table] = {
         },
     },
     "sm_90": {
+        16: {
+            "lean": Tiles(64, 128, 32, 8, 2),
+            "dropout": Tiles(64, 128, 64, 8, 2),
+            "logits": Tiles(32, 128, 32, 8, 2),
+        },
         128: {
             "lean": Tiles(32, 128, 32, 8, 2),
             "general": Tiles(16, 64, 16, 8, 2),
+            "dropout": Tiles(16, 32, 16, 4, 2),
             "logits": Tiles(32, 32, 32, 8, 1),
         },
         256: {"lean": Tiles(16, 32, 16, 8, 1), "logits": Tiles(16, 32, 16, 8, 2)},
@@ -158,83 +171,85 @@ _KEY_EXCEPTIONS: dict[str, _Table] = {
 _QUERY_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
     "sm_90": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
+    "sm_100": {256: {"lean": Tiles(64, 32, 32, 8, 1), "dropout": Tiles(64, 32, 32, 8, 2)}},
 }
 _BIAS_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {dim: {"logits": Tiles(32, 64, 64, 8, 2)} for dim in (16, 32)}
 }
 
-# Single precision has no tensor cores: small tiles, the same for every demand, and but for the rows
-# that name a family for every one.
-_FORWARD_SINGLE: _Singles = {
-    16: Tiles(32, 32, 32, 4, 1),
-    32: Tiles(32, 32, 32, 4, 1),
-    64: Tiles(32, 32, 32, 8, 1),
-    128: Tiles(16, 32, 32, 8, 1),
-    256: Tiles(16, 32, 32, 8, 1),
-    ("sm_86", 256): Tiles(16, 32, 32, 16, 2),
-    ("sm_90", 256): Tiles(16, 32, 32, 8, 2),
-    ("sm_100", 256): Tiles(16, 32, 32, 8, 2),
+# Single precision has no tensor cores: small tiles.
+_FORWARD_SINGLE: _Table = {
+    16: {"lean": Tiles(32, 32, 32, 4, 1)},
+    32: {"lean": Tiles(32, 32, 32, 4, 1)},
+    64: {"lean": Tiles(32, 32, 32, 8, 1)},
+    128: {"lean": Tiles(16, 32, 32, 8, 1)},
+    256: {"lean": Tiles(16, 32, 32, 8, 1)},
 }
-_KEY_SINGLE: _Singles = {
-    16: Tiles(32, 32, 32, 4, 1),
-    32: Tiles(32, 32, 32, 4, 1),
-    64: Tiles(32, 32, 32, 8, 1),
-    128: Tiles(16, 32, 16, 16, 2),
-    256: Tiles(16, 32, 16, 8, 2),
+_KEY_SINGLE: _Table = {
+    16: {"lean": Tiles(32, 32, 32, 4, 1)},
+    32: {"lean": Tiles(32, 32, 32, 4, 1)},
+    64: {"lean": Tiles(32, 32, 32, 8, 1), "logits": Tiles(16, 32, 16, 8, 1)},
+    128: {"lean": Tiles(16, 32, 16, 16, 2), "logits": Tiles(16, 32, 16, 8, 2)},
+    256: {"lean": Tiles(16, 32, 16, 8, 2), "logits": Tiles(16, 32, 16, 8, 3)},
 }
-_QUERY_SINGLE: _Singles = {
-    16: Tiles(32, 32, 32, 4, 1),
-    32: Tiles(32, 32, 32, 8, 1),
-    64: Tiles(32, 32, 32, 8, 1),
-    128: Tiles(32, 32, 32, 4, 1),
-    ("sm_86", 128): Tiles(32, 32, 32, 8, 1),
-    ("sm_100", 128): Tiles(32, 32, 32, 8, 1),
-    256: Tiles(16, 32, 32, 16, 1),
+_QUERY_SINGLE: _Table = {
+    16: {"lean": Tiles(32, 32, 32, 4, 1)},
+    32: {"lean": Tiles(32, 32, 32, 8, 1)},
+    64: {"lean": Tiles(32, 32, 32, 8, 1)},
+    128: {"lean": Tiles(32, 32, 32, 4, 1)},
+    256: {"lean": Tiles(16, 32, 32, 16, 1)},
 }
-_BIAS_SINGLE: _Singles = {
-    16: Tiles(32, 32, 32, 8, 1),
-    32: Tiles(32, 32, 32, 8, 1),
-    64: Tiles(32, 32, 32, 8, 1),
-    128: Tiles(32, 32, 32, 8, 1),
-    256: Tiles(16, 32, 32, 8, 1),
+_BIAS_SINGLE: _Table = {
+    16: {"logits": Tiles(32, 32, 32, 8, 1)},
+    32: {"logits": Tiles(32, 32, 32, 8, 1)},
+    64: {"logits": Tiles(32, 32, 32, 8, 1)},
+    128: {"logits": Tiles(32, 32, 32, 8, 1)},
+    256: {"logits": Tiles(16, 32, 32, 8, 1)},
+}
+_FORWARD_SINGLE_EXCEPTIONS: dict[str, _Table] = {
+    "sm_86": {256: {"lean": Tiles(16, 32, 32, 16, 2)}},
+    "sm_90": {256: {"lean": Tiles(16, 32, 32, 8, 2)}},
+    "sm_100": {256: {"lean": Tiles(16, 32, 32, 8, 2)}},
+}
+_KEY_SINGLE_EXCEPTIONS: dict[str, _Table] = {
+    "sm_86": {256: {"lean": Tiles(16, 32, 16, 8, 2), "logits": Tiles(16, 32, 16, 16, 1)}},
+}
+_QUERY_SINGLE_EXCEPTIONS: dict[str, _Table] = {
+    "sm_86": {128: {"lean": Tiles(32, 32, 32, 8, 1)}},
+    "sm_90": {128: {"lean": Tiles(32, 32, 32, 4, 1), "logits": Tiles(32, 32, 32, 8, 1)}},
+    "sm_100": {128: {"lean": Tiles(32, 32, 32, 8, 1)}},
 }
 
 
-def _tiles(
-    table: _Table,
-    exceptions: dict[str, _Table],
-    single: _Singles,
-    family: str,
-    block_d: int,
-    dtype: torch.dtype,
-    demand: Demand,
+class _Configs(NamedTuple):
+    """The tables of a pass, each with what takes the place of its rows in a family."""
+
+    half: _Table
+    half_exceptions: dict[str, _Table]
+    single: _Table
+    single_exceptions: dict[str, _Table]
+
+
+_CONFIGS: dict[Pass, _Configs] = {
+    "forward": _Configs(_FORWARD, _FORWARD_EXCEPTIONS, _FORWARD_SINGLE, _FORWARD_SINGLE_EXCEPTIONS),
+    "key_gradient": _Configs(_KEY_GRADIENT, _KEY_EXCEPTIONS, _KEY_SINGLE, _KEY_SINGLE_EXCEPTIONS),
+    "query_gradient": _Configs(
+        _QUERY_GRADIENT, _QUERY_EXCEPTIONS, _QUERY_SINGLE, _QUERY_SINGLE_EXCEPTIONS
+    ),
+    "bias_gradient": _Configs(_BIAS_GRADIENT, _BIAS_EXCEPTIONS, _BIAS_SINGLE, {}),
+}
+
+
+def attention_tiles(
+    which: Pass, family: str, block_d: int, dtype: torch.dtype, demand: Demand
 ) -> Tiles:
-    """Return the config for `demand`, or the one for less where they are the same."""
+    """Return the config of a pass for `demand`, or the one for less where they are the same."""
+    half, half_exceptions, single, single_exceptions = _CONFIGS[which]
     if dtype == torch.float32:
-        return single.get((family, block_d)) or single[block_d]
-    row = exceptions.get(family, {}).get(block_d) or table[block_d]
-    order: tuple[Demand, ...] = ("lean", "general", "dropout", "logits", "everything")
-    for lower in reversed(order[: order.index(demand) + 1]):
+        row = single_exceptions.get(family, {}).get(block_d) or single[block_d]
+    else:
+        row = half_exceptions.get(family, {}).get(block_d) or half[block_d]
+    for lower in reversed(DEMANDS[: DEMANDS.index(demand) + 1]):
         if lower in row:
             return row[lower]
-    raise KeyError(f"no config for head dim {block_d} on {family}")
-
-
-def forward_tiles(family: str, block_d: int, dtype: torch.dtype, demand: Demand) -> Tiles:
-    """Return the config of the forward pass."""
-    return _tiles(_FORWARD, _FORWARD_EXCEPTIONS, _FORWARD_SINGLE, family, block_d, dtype, demand)
-
-
-def key_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, demand: Demand) -> Tiles:
-    """Return the config of the dk/dv pass."""
-    return _tiles(_KEY_GRADIENT, _KEY_EXCEPTIONS, _KEY_SINGLE, family, block_d, dtype, demand)
-
-
-def query_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, demand: Demand) -> Tiles:
-    """Return the config of the dq pass."""
-    return _tiles(_QUERY_GRADIENT, _QUERY_EXCEPTIONS, _QUERY_SINGLE, family, block_d, dtype, demand)
-
-
-def bias_gradient_tiles(family: str, block_d: int, dtype: torch.dtype, demand: Demand) -> Tiles:
-    """Return the config of the dbias pass."""
-    return _tiles(_BIAS_GRADIENT, _BIAS_EXCEPTIONS, _BIAS_SINGLE, family, block_d, dtype, demand)
+    raise KeyError(f"no config of the {which} pass for head dim {block_d} on {family}")

@@ -98,6 +98,8 @@ class Layout:
             return "everything" if options.dropout_p else "logits"
         if options.dropout_p:
             return "dropout"
+        if options.window_left >= 0:
+            return "windowed"
         return "lean" if self.group == 1 and self.head_dim == self.block_d else "general"
 
     def arguments(self, lse: Tensor, options: Options) -> dict[str, Any]:

@@ -154,7 +154,9 @@ def walk(begin, head_end, tail, end, MASKED: tl.constexpr, HAS_HEAD: tl.constexp
         gap = tail - head_end
         end = head_end + tl.maximum(end - tail, 0)
     elif MASKED:
-        begin = tail
+        # For the compiler another value than the end of the loop before it: where both are one, it
+        # splits the way around that loop, and ptxas serialises its wgmma (C7515).
+        begin = tl.maximum(tail, 0)
     return begin, end, gap
 
 
