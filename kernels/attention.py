@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_backward import attention_backward, varlen_attention_backward
-from .attention_configs import attention_tiles
+from .attention_configs import Tiles
 from .attention_layout import Layout, Options, positive_scale
 from .attention_logits import (
     LN2,
@@ -192,9 +192,6 @@ def _launch_forward(
     layout: Layout, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options
 ) -> None:
     """Write `out` and `lse`."""
-    tiles = attention_tiles(
-        "forward", layout.family, layout.block_d, layout.dtype, layout.demand(options)
-    )
     sinks = options.sinks
     arguments = {
         "q_ptr": q,
@@ -205,18 +202,24 @@ def _launch_forward(
         "sinks_ptr": None if sinks is None else sinks.float(),
         **layout.arguments(lse, options),
         **layout.strides(q=q, k=k, v=v, o=out),
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "EDGE_N": tiles.edge,
     }
-    blocks = triton.cdiv(layout.seqlen_q, tiles.block_m)
-    launch(
-        attention_forward_kernel,
-        (blocks * layout.heads * layout.batch,),
-        arguments,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+
+    def run(tiles: Tiles) -> None:
+        blocks = triton.cdiv(layout.seqlen_q, tiles.block_m)
+        launch(
+            attention_forward_kernel,
+            (blocks * layout.heads * layout.batch,),
+            {
+                **arguments,
+                "BLOCK_M": tiles.block_m,
+                "BLOCK_N": tiles.block_n,
+                "EDGE_N": tiles.edge,
+            },
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+
+    layout.run_pass("forward", options, q.device, run)
 
 
 def attention_forward(

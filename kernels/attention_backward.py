@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_bias_gradient import bias_gradient
-from .attention_configs import attention_tiles
+from .attention_configs import Tiles
 from .attention_gradients import attention_key_gradient_kernel, attention_query_gradient_kernel
 from .attention_layout import Layout, Options, positive_scale, unit_stride
 from .attention_logits import LOG2E
@@ -154,44 +154,54 @@ def _launch_backward(
         "delta_ptr": delta,
         **layout.arguments(lse, options),
     }
-    kind = (layout.family, layout.block_d, layout.dtype, layout.demand(options))
-    tiles = attention_tiles("key_gradient", *kind)
-    blocks = triton.cdiv(layout.seqlen_k, tiles.block_n)
-    launch(
-        attention_key_gradient_kernel,
-        (blocks * (layout.heads // max(layout.group, 1)) * layout.batch,),
-        {
-            **inputs,
-            "dk_ptr": dk,
-            "dv_ptr": dv,
-            **layout.strides(q=signed_q, k=k, v=v, do=dout, dk=dk, dv=dv),
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-            "EDGE_M": tiles.edge,
-        },
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    tiles = attention_tiles("query_gradient", *kind)
-    blocks = triton.cdiv(layout.seqlen_q, tiles.block_m)
-    launch(
-        attention_query_gradient_kernel,
-        (blocks * layout.heads * layout.batch,),
-        {
-            **inputs,
-            "dq_ptr": dq,
-            **layout.strides(q=signed_q, k=k, v=v, do=dout, dq=dq),
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-            "EDGE_N": tiles.edge,
-        },
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+
+    def write_key_gradients(tiles: Tiles) -> None:
+        blocks = triton.cdiv(layout.seqlen_k, tiles.block_n)
+        launch(
+            attention_key_gradient_kernel,
+            (blocks * (layout.heads // max(layout.group, 1)) * layout.batch,),
+            {
+                **inputs,
+                "dk_ptr": dk,
+                "dv_ptr": dv,
+                **layout.strides(q=signed_q, k=k, v=v, do=dout, dk=dk, dv=dv),
+                "BLOCK_M": tiles.block_m,
+                "BLOCK_N": tiles.block_n,
+                "EDGE_M": tiles.edge,
+            },
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+
+    def write_query_gradient(tiles: Tiles) -> None:
+        blocks = triton.cdiv(layout.seqlen_q, tiles.block_m)
+        launch(
+            attention_query_gradient_kernel,
+            (blocks * layout.heads * layout.batch,),
+            {
+                **inputs,
+                "dq_ptr": dq,
+                **layout.strides(q=signed_q, k=k, v=v, do=dout, dq=dq),
+                "BLOCK_M": tiles.block_m,
+                "BLOCK_N": tiles.block_n,
+                "EDGE_N": tiles.edge,
+            },
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+
+    layout.run_pass("key_gradient", options, q.device, write_key_gradients)
+    layout.run_pass("query_gradient", options, q.device, write_query_gradient)
     dbias = None
     if bias_grad and options.bias is not None:
         inputs |= layout.strides(q=signed_q, k=k, v=v, do=dout)
-        dbias = bias_gradient(layout, options.bias, layout.demand(options), inputs)
+        bias = options.bias
+        dbias = layout.run_pass(
+            "bias_gradient",
+            options,
+            q.device,
+            lambda tiles: bias_gradient(layout, bias, tiles, inputs),
+        )
     dsinks = None if options.sinks is None else _sink_gradient(options.sinks, lse, delta)
     return (dq.neg_() if signed_q is not q else dq), dk, dv, dbias, dsinks
 

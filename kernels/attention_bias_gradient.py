@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_configs import Demand, attention_tiles
+from .attention_configs import Tiles
 from .attention_gradients import logit_gradients
 from .attention_layout import Layout
 from .attention_logits import scoring_of
@@ -157,7 +157,7 @@ def attention_bias_gradient_kernel(
 # ------------------------------------------------------------------------------------------------
 
 
-def bias_gradient(layout: Layout, bias: Tensor, demand: Demand, inputs: dict[str, Any]) -> Tensor:
+def bias_gradient(layout: Layout, bias: Tensor, tiles: Tiles, inputs: dict[str, Any]) -> Tensor:
     """Return the gradient of `bias` (up to 4 dimensions, broadcast to (B, H, Sq, Sk)), like it.
 
     `inputs` are the arguments of the other backward kernels, with the strides of q, k, v and dout.
@@ -166,7 +166,6 @@ def bias_gradient(layout: Layout, bias: Tensor, demand: Demand, inputs: dict[str
     full = (layout.batch, layout.heads, layout.seqlen_q, layout.seqlen_k)
     if 0 in full:
         return torch.zeros_like(bias)
-    tiles = attention_tiles("bias_gradient", layout.family, layout.block_d, layout.dtype, demand)
     blocks_q = triton.cdiv(layout.seqlen_q, tiles.block_m)
     blocks_k = triton.cdiv(layout.seqlen_k, tiles.block_n)
     shared_heads = layout.heads // sizes[1]

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from .autotune import variants
+
 #: What a call asks of the registers: "lean" calls fill their tiles and have a key head for each
 #: query head, "general" ones need not. "windowed" ones hide the far past, "dropout" ones drop,
 #: "logits" ones have something that acts on their logits, "everything" is both of the last.
@@ -91,8 +93,8 @@ _QUERY_GRADIENT: _Table = {
 _BIAS_GRADIENT: _Table = {
     16: {"logits": Tiles(64, 64, 64, 8, 2)},
     32: {"logits": Tiles(64, 64, 64, 8, 2)},
-    64: {"logits": Tiles(32, 64, 64, 4, 2)},
-    128: {"logits": Tiles(32, 64, 64, 8, 2)},
+    64: {"logits": Tiles(64, 32, 32, 8, 2)},
+    128: {"logits": Tiles(64, 32, 32, 8, 2)},
     256: {"logits": Tiles(32, 64, 64, 8, 1)},
 }
 
@@ -130,11 +132,17 @@ _KEY_EXCEPTIONS: dict[str, _Table] = {
             "logits": Tiles(32, 64, 32, 8, 1),
             "everything": Tiles(32, 32, 32, 4, 2),
         },
-        128: {"lean": Tiles(32, 64, 32, 8, 2)},
+        128: {
+            "lean": Tiles(32, 64, 32, 8, 2),
+            "dropout": Tiles(16, 64, 16, 8, 2),
+            "logits": Tiles(32, 64, 32, 8, 2),
+            "everything": Tiles(16, 32, 16, 8, 2),
+        },
         256: {
             "lean": Tiles(16, 64, 16, 8, 1),
             "general": Tiles(16, 32, 16, 8, 1),
             "logits": Tiles(16, 32, 16, 8, 2),
+            "everything": Tiles(16, 32, 16, 8, 1),
         },
     },
     "sm_90": {
@@ -165,16 +173,28 @@ _KEY_EXCEPTIONS: dict[str, _Table] = {
             "lean": Tiles(32, 64, 32, 8, 1),
             "general": Tiles(16, 32, 16, 8, 1),
             "logits": Tiles(16, 32, 16, 8, 2),
+            "everything": Tiles(16, 32, 16, 8, 1),
         },
     },
 }
 _QUERY_EXCEPTIONS: dict[str, _Table] = {
-    "sm_86": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
+    "sm_86": {
+        16: {"lean": Tiles(64, 64, 64, 8, 2)},
+        256: {
+            "lean": Tiles(32, 32, 32, 8, 2),
+            "dropout": Tiles(32, 32, 32, 8, 1),
+            "logits": Tiles(32, 32, 32, 8, 2),
+        },
+    },
     "sm_90": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
     "sm_100": {256: {"lean": Tiles(64, 32, 32, 8, 1), "dropout": Tiles(64, 32, 32, 8, 2)}},
 }
 _BIAS_EXCEPTIONS: dict[str, _Table] = {
-    "sm_86": {dim: {"logits": Tiles(32, 64, 64, 8, 2)} for dim in (16, 32)}
+    "sm_86": {
+        16: {"logits": Tiles(32, 64, 64, 8, 2)},
+        32: {"logits": Tiles(32, 64, 64, 8, 2)},
+        128: {"logits": Tiles(32, 32, 32, 8, 2)},
+    }
 }
 
 # Single precision has no tensor cores: small tiles.
@@ -212,10 +232,18 @@ _FORWARD_SINGLE_EXCEPTIONS: dict[str, _Table] = {
     "sm_100": {256: {"lean": Tiles(16, 32, 32, 8, 2)}},
 }
 _KEY_SINGLE_EXCEPTIONS: dict[str, _Table] = {
-    "sm_86": {256: {"lean": Tiles(16, 32, 16, 8, 2), "logits": Tiles(16, 32, 16, 16, 1)}},
+    "sm_86": {
+        16: {"lean": Tiles(32, 32, 32, 4, 1), "logits": Tiles(16, 32, 16, 4, 1)},
+        128: {"lean": Tiles(16, 32, 16, 16, 2), "logits": Tiles(16, 32, 16, 16, 3)},
+        256: {"lean": Tiles(16, 32, 16, 8, 2), "logits": Tiles(16, 32, 16, 16, 1)},
+    },
 }
 _QUERY_SINGLE_EXCEPTIONS: dict[str, _Table] = {
-    "sm_86": {128: {"lean": Tiles(32, 32, 32, 8, 1)}},
+    "sm_86": {
+        64: {"lean": Tiles(32, 32, 32, 8, 1), "logits": Tiles(16, 32, 32, 8, 1)},
+        128: {"lean": Tiles(32, 32, 32, 8, 1)},
+        256: {"lean": Tiles(16, 32, 32, 8, 1), "logits": Tiles(16, 32, 32, 16, 1)},
+    },
     "sm_90": {128: {"lean": Tiles(32, 32, 32, 4, 1), "logits": Tiles(32, 32, 32, 8, 1)}},
     "sm_100": {128: {"lean": Tiles(32, 32, 32, 8, 1)}},
 }
@@ -253,3 +281,13 @@ def attention_tiles(
         if lower in row:
             return row[lower]
     raise KeyError(f"no config of the {which} pass for head dim {block_d} on {family}")
+
+
+def candidates(which: Pass, block_d: int, dtype: torch.dtype) -> list[Tiles]:
+    """Return what a search of a pass tries: the tiles of every family and demand."""
+    half, half_exceptions, single, single_exceptions = _CONFIGS[which]
+    tables = [half, *half_exceptions.values()]
+    if dtype == torch.float32:
+        tables = [single, *single_exceptions.values()]
+    found = [tiles for table in tables for tiles in table.get(block_d, {}).values()]
+    return variants(found, warps=Tiles._fields.index("warps"), stages=Tiles._fields.index("stages"))

@@ -1,14 +1,18 @@
 """What a call of attention hands to its kernels: sizes, strides and options."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-from .attention_configs import Demand
+from .attention_configs import Demand, Pass, Tiles, attention_tiles, candidates
+from .autotune import size_class, tuned
 from .common import device_family, dot_precision
+
+Result = TypeVar("Result")
 
 # A window wider than any sequence hides nothing; sums of such numbers stay within 32 bits.
 _WIDEST = 1 << 29
@@ -101,6 +105,25 @@ class Layout:
         if options.window_left >= 0:
             return "windowed"
         return "lean" if self.group == 1 and self.head_dim == self.block_d else "general"
+
+    def run_pass(
+        self, which: Pass, options: Options, device: torch.device, run: Callable[[Tiles], Result]
+    ) -> Result:
+        """Return what `run` makes of the config of a pass for this call."""
+        demand = self.demand(options)
+        tiles = attention_tiles(which, self.family, self.block_d, self.dtype, demand)
+        sizes = (self.batch * self.heads, self.seqlen_q, self.seqlen_k)
+        hides = (options.causal != "none" or options.window_right >= 0, options.window_left >= 0)
+        request = (self.dtype, self.head_dim, self.group, demand, *hides, *map(size_class, sizes))
+        tiles = tuned(
+            f"attention {which}",
+            request,
+            tiles,
+            lambda: candidates(which, self.block_d, self.dtype),
+            run,
+            device,
+        )
+        return run(tiles)
 
     def arguments(self, lse: Tensor, options: Options) -> dict[str, Any]:
         """Return the kernel arguments that do not depend on tiles and on which tensors are read."""

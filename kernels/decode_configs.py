@@ -5,9 +5,13 @@ block_n x (stages - 1), at two programs for each multiprocessor while rows are f
 what does that within the shared memory and without spills; none of it was timed on a GPU.
 """
 
+from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import torch
+
+from .autotune import size_class, tuned
 
 #: Programs that keep a GPU of the family busy: two for each multiprocessor of its largest member.
 PROGRAMS = {"sm_80": 216, "sm_86": 284, "sm_90": 264, "sm_100": 296}
@@ -70,6 +74,25 @@ def decode_tiles(family: str, block_d: int, dtype: torch.dtype, rows: int, paged
     # The compiler spreads the stages over the loads of pages' numbers and those of their keys.
     stages = 2 * tiles.stages - 1 if paged else tiles.stages
     return Tiles(block_m, tiles.block_n, 8 if block_m > 32 else tiles.warps, stages)
+
+
+def tuned_tiles(
+    family: str,
+    block_d: int,
+    dtype: torch.dtype,
+    rows: int,
+    paged: bool,
+    groups: int,
+    keys: int,
+    run: Callable[[Tiles], None],
+    device: torch.device,
+) -> Tiles:
+    """Return the config of a call, `decode_tiles` but for a search, in which `run` is tried."""
+    tiles = decode_tiles(family, block_d, dtype, rows, paged)
+    tried = product((tiles.block_m,), (16, 32, 64, 128), (4, 8), (2, 3, 4, 5, 6, 8))
+    request = (dtype, block_d, rows, paged, size_class(groups), size_class(keys))
+    candidates = [Tiles(*each) for each in tried]
+    return tuned("decode_attention", request, tiles, lambda: candidates, run, device)
 
 
 def merge_tiles() -> Tiles:

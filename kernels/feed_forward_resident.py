@@ -15,10 +15,11 @@ from .activations import activate
 from .common import dropout_keep
 from .feed_forward_tiles import (
     Config,
-    chosen,
+    ResidentConfigs,
     launch_resident,
     load_block,
     load_tokens,
+    run_resident,
     store_block,
 )
 
@@ -64,16 +65,13 @@ _BACKWARD_EXCEPTIONS: dict[str, dict[int, Config]] = {
     "sm_100": {128: (64, 32, 8, 2), 256: (64, 32, 8, 2)},
 }
 
-
-def _forward_config(x: Tensor, out_width: int) -> Config:
-    """Return the config of the forward kernel for `x` (T, width) on its device."""
-    return chosen(_FORWARD_CONFIGS, _FORWARD_EXCEPTIONS, x, out_width)
-
-
-def _backward_config(x: Tensor, out_width: int, drops: bool) -> Config:
-    """Return the config of the gradient kernel for `x` (T, width) on its device."""
-    configs = _BACKWARD_CONFIGS | (_DROPPING_CONFIGS if drops else {})
-    return chosen(configs, _BACKWARD_EXCEPTIONS, x, out_width)
+_CONFIGS = ResidentConfigs(
+    _FORWARD_CONFIGS,
+    _BACKWARD_CONFIGS,
+    _DROPPING_CONFIGS,
+    _FORWARD_EXCEPTIONS,
+    _BACKWARD_EXCEPTIONS,
+)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -223,7 +221,7 @@ def feed_forward_resident_gradient_kernel(
 
 def enough_tokens(x: Tensor, out_width: int) -> bool:
     """Return whether the blocks of tokens of `x` (T, width) occupy a GPU in this regime."""
-    return x.shape[0] >= _MIN_PROGRAMS * _forward_config(x, out_width)[0]
+    return x.shape[0] >= _MIN_PROGRAMS * _CONFIGS.of_forward(x, out_width)[0]
 
 
 def resident_forward(
@@ -237,7 +235,7 @@ def resident_forward(
 ) -> Tensor:
     """Return the output (T, out) of contiguous tensors; `dropout` holds arguments of the kernel."""
     y = x.new_empty(x.shape[0], w2.shape[0])
-    config = _forward_config(x, w2.shape[0])
+    hidden, out = w1.shape[0], w2.shape[0]
     arguments = {
         "w1_ptr": w1,
         "b1_ptr": b1,
@@ -247,7 +245,15 @@ def resident_forward(
         "ACTIVATION": activation,
         **dropout,
     }
-    launch_resident(feed_forward_resident_kernel, config, x, w1.shape[0], w2.shape[0], arguments)
+    run_resident(
+        "feed_forward_resident",
+        _CONFIGS.of_forward(x, out),
+        x,
+        (hidden, out, activation, dropout["seed_ptr"] is not None),
+        lambda config: launch_resident(
+            feed_forward_resident_kernel, config, x, hidden, out, arguments
+        ),
+    )
     return y
 
 
@@ -261,8 +267,28 @@ def resident_backward(
     dropout: dict[str, object],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return the gradients of x, w1, b1 and w2; arguments as in `resident_forward`."""
+    drops = dropout["seed_ptr"] is not None
+    return run_resident(
+        "feed_forward_resident_gradient",
+        _CONFIGS.of_backward(x, w2.shape[0], drops),
+        x,
+        (*w2.shape, activation, drops),
+        lambda config: _gradients(config, dy, x, w1, b1, w2, activation, dropout),
+    )
+
+
+def _gradients(
+    config: Config,
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    activation: str,
+    dropout: dict[str, object],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return what `resident_backward` does, with the given config."""
     tokens, hidden = x.shape[0], w1.shape[0]
-    config = _backward_config(x, w2.shape[0], dropout["seed_ptr"] is not None)
     block_m = config[0]
     chunk = max(1, _CHUNK_BYTES // (2 * hidden * x.element_size() * block_m)) * block_m
     dx = torch.empty_like(x)

@@ -1,10 +1,17 @@
 """What the feed-forward kernels share: blocks of tokens and weights, dropout and launching."""
 
+from collections.abc import Callable
+from itertools import product
+from typing import Any, NamedTuple, TypeVar
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autotune import size_class, tuned, variants
 from .common import device_family, launch
+
+Result = TypeVar("Result")
 
 # ------------------------------------------------------------------------------------------------
 # Configs
@@ -22,15 +29,47 @@ def padded(width: int) -> int:
     return max(32, triton.next_power_of_2(width))
 
 
-def chosen(
-    configs: dict[int, Config],
-    exceptions: dict[str, dict[int, Config]],
+class ResidentConfigs(NamedTuple):
+    """The tables of a resident block, by the padded width; exceptions go by family first.
+
+    `dropping` takes the place of rows of `backward` for calls with dropout.
+    """
+
+    forward: dict[int, Config]
+    backward: dict[int, Config]
+    dropping: dict[int, Config]
+    forward_exceptions: dict[str, dict[int, Config]]
+    backward_exceptions: dict[str, dict[int, Config]]
+
+    def of_forward(self, x: Tensor, out_width: int) -> Config:
+        """Return the config of the forward kernel for `x` (T, width) on its device."""
+        width = padded(max(x.shape[1], out_width))
+        exceptions = self.forward_exceptions.get(device_family(x.device), {})
+        return exceptions.get(width, self.forward[width])
+
+    def of_backward(self, x: Tensor, out_width: int, drops: bool) -> Config:
+        """Return the config of the gradient kernel for `x` (T, width) on its device."""
+        width = padded(max(x.shape[1], out_width))
+        configs = self.backward | (self.dropping if drops else {})
+        exceptions = self.backward_exceptions.get(device_family(x.device), {})
+        return exceptions.get(width, configs[width])
+
+
+def run_resident(
+    kernel: str,
+    config: Config,
     x: Tensor,
-    out_width: int,
-) -> Config:
-    """Return the config for `x` (T, width) on its device; tables go by the padded width."""
-    width = padded(max(x.shape[1], out_width))
-    return exceptions.get(device_family(x.device), {}).get(width, configs[width])
+    request: tuple[Any, ...],
+    run: Callable[[Config], Result],
+) -> Result:
+    """Return what `run` makes of the config of a resident kernel: `config` but for a search.
+
+    `request` says what else than the tokens `x` (T, width) a call is about.
+    """
+    blocks = [(*block, 4, 2) for block in product((32, 64, 128), (32, 64))]
+    request = (x.dtype, x.shape[1], *request, size_class(x.shape[0]))
+    candidates = variants(blocks, warps=2, stages=3)
+    return run(tuned(kernel, request, config, lambda: candidates, run, x.device))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from .activations import activate
 from .common import dropout_keep
 from .feed_forward_tiles import (
     Config,
-    chosen,
+    ResidentConfigs,
     launch_resident,
     load_block,
     load_tokens,
+    run_resident,
     store_block,
 )
 
@@ -56,16 +57,13 @@ _FORWARD_EXCEPTIONS: dict[str, dict[int, Config]] = {
 }
 _BACKWARD_EXCEPTIONS: dict[str, dict[int, Config]] = {}
 
-
-def _forward_config(x: Tensor, out_width: int) -> Config:
-    """Return the config of the forward kernel for `x` (T, width) on its device."""
-    return chosen(_FORWARD_CONFIGS, _FORWARD_EXCEPTIONS, x, out_width)
-
-
-def _backward_config(x: Tensor, out_width: int, drops: bool) -> Config:
-    """Return the config of the gradient kernel for `x` (T, width) on its device."""
-    configs = _BACKWARD_CONFIGS | (_DROPPING_CONFIGS if drops else {})
-    return chosen(configs, _BACKWARD_EXCEPTIONS, x, out_width)
+_CONFIGS = ResidentConfigs(
+    _FORWARD_CONFIGS,
+    _BACKWARD_CONFIGS,
+    _DROPPING_CONFIGS,
+    _FORWARD_EXCEPTIONS,
+    _BACKWARD_EXCEPTIONS,
+)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -191,7 +189,7 @@ def gated_feed_forward_resident_gradient_kernel(
 
 def enough_tokens(x: Tensor, out_width: int) -> bool:
     """Return whether the blocks of tokens of `x` (T, width) occupy a GPU in this regime."""
-    return x.shape[0] >= _MIN_PROGRAMS * _forward_config(x, out_width)[0]
+    return x.shape[0] >= _MIN_PROGRAMS * _CONFIGS.of_forward(x, out_width)[0]
 
 
 def resident_forward(
@@ -213,8 +211,15 @@ def resident_forward(
         "ACTIVATION": activation,
         **dropout,
     }
-    config = _forward_config(x, out)
-    launch_resident(gated_feed_forward_resident_kernel, config, x, hidden, out, arguments)
+    run_resident(
+        "gated_feed_forward_resident",
+        _CONFIGS.of_forward(x, out),
+        x,
+        (hidden, out, activation, dropout["seed_ptr"] is not None),
+        lambda config: launch_resident(
+            gated_feed_forward_resident_kernel, config, x, hidden, out, arguments
+        ),
+    )
     return y
 
 
@@ -228,8 +233,28 @@ def resident_backward(
     dropout: dict[str, object],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, w_gate, w_up and w_down; arguments as in `resident_forward`."""
+    drops = dropout["seed_ptr"] is not None
+    return run_resident(
+        "gated_feed_forward_resident_gradient",
+        _CONFIGS.of_backward(x, w_down.shape[0], drops),
+        x,
+        (*w_down.shape, activation, drops),
+        lambda config: _gradients(config, dy, x, w_gate, w_up, w_down, activation, dropout),
+    )
+
+
+def _gradients(
+    config: Config,
+    dy: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str,
+    dropout: dict[str, object],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `resident_backward` does, with the given config."""
     tokens, hidden, out = x.shape[0], w_gate.shape[0], w_down.shape[0]
-    config = _backward_config(x, out, dropout["seed_ptr"] is not None)
     chunk = max(1, _CHUNK_BYTES // (3 * hidden * x.element_size() * config[0])) * config[0]
     dx = torch.empty_like(x)
     sums: list[Tensor] = []

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
+from .autotune import size_class, tuned, variants
 from .common import KernelSpec, device_family, dropout_keep, launch, recorded_launches
 
 # ------------------------------------------------------------------------------------------------
@@ -130,7 +131,6 @@ def linear_activation(
     pre = torch.empty_like(act) if saves_pre else None
     lean = activation == "relu" and dropout["seed_ptr"] is None and not saves_pre
     configs = _LEAN_CONFIGS if lean else _CONFIGS
-    block_m, block_n, block_k, num_warps, num_stages = configs[device_family(x.device)]
     arguments = {
         "x_ptr": x,
         "w_ptr": w,
@@ -140,18 +140,32 @@ def linear_activation(
         "tokens": x.shape[0],
         "width": x.shape[1],
         "hidden": w.shape[0],
-        "EVEN_K": x.shape[1] % block_k == 0,
         "ACTIVATION": activation,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
         "GROUP_M": _GROUP_M,
         **dropout,
     }
-    blocks = triton.cdiv(x.shape[0], block_m) * triton.cdiv(w.shape[0], block_n)
-    launch(
-        linear_activation_kernel, (blocks,), arguments, num_warps=num_warps, num_stages=num_stages
+
+    def run(config: _Config) -> None:
+        block_m, block_n, block_k, num_warps, num_stages = config
+        tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        launch(
+            linear_activation_kernel,
+            (triton.cdiv(x.shape[0], block_m) * triton.cdiv(w.shape[0], block_n),),
+            {**arguments, **tiles, "EVEN_K": x.shape[1] % block_k == 0},
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+
+    request = (x.dtype, *w.shape, activation, dropout["seed_ptr"] is not None, saves_pre)
+    config = tuned(
+        "linear_activation",
+        (*request, size_class(x.shape[0])),
+        configs[device_family(x.device)],
+        lambda: variants([*_LEAN_CONFIGS.values(), *_CONFIGS.values()], warps=3, stages=4),
+        run,
+        x.device,
     )
+    run(config)
     return act, pre
 
 
