@@ -35,12 +35,16 @@ from .common import launch
 # Programs that keep a large GPU busy: below it, what a program sums over is divided.
 _ENOUGH_PROGRAMS = 512
 
+# Integers that change with lengths and batches, beside those that all passes have.
+_STRIDES = ("stride_dp", "stride_db", "stride_dh", "stride_dm")
+_SIZES = ("bias_heads", "shared_heads", "shared", "parts")
+
 # ------------------------------------------------------------------------------------------------
 # Kernels
 # ------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=[*RUNTIME_SIZES, "bias_heads", "shared_heads", "shared", "parts"])
+@triton.jit(do_not_specialize=[*RUNTIME_SIZES, *_STRIDES, *_SIZES])
 def attention_bias_gradient_kernel(
     q_ptr, stride_qb, stride_qh, stride_qs,
     k_ptr, stride_kb, stride_kh, stride_ks,
