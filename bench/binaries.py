@@ -25,13 +25,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from .launches import SHARED_LIMIT, half_precision
+from .launches import GFX942, SHARED_LIMIT, half_precision
 from .loops import product_loops
 
 TENSOR_MEMORY_COLUMNS = 512
 #: Dense 16-bit multiply-adds per cycle and warp scheduler, where encodings can be read.
 MACS_PER_CYCLE = {80: 256, 86: 128, 89: 128, 90: 512}
-TENSOR_CORE = re.compile(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma")
+TENSOR_CORE = re.compile(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma|\bv_mfma")
 CACHE = Path(__file__).parent.parent / "build" / "scores"
 
 _LINE = re.compile(r"^\t\.(loc|file)\b.*", re.M)
@@ -124,6 +124,8 @@ def build(spec: KernelSpec, capability: int, *, scored: bool = False, **options:
     With `scored` its loops get scores, where control bits can be decoded. What came of the PTX is
     kept under `CACHE`. `options` take the place of the compiler's in `spec`.
     """
+    if capability == GFX942:
+        return _build_gfx942(spec, options)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(spec.source(), target=target, options=spec.options | options)
     ptx = compiled.asm["ptx"]
@@ -152,6 +154,22 @@ def build(spec: KernelSpec, capability: int, *, scored: bool = False, **options:
     part.write_text(json.dumps(asdict(binary)))
     part.replace(kept)
     return binary
+
+
+def _build_gfx942(spec: KernelSpec, options: dict[str, int]) -> Binary:
+    """Compile a launch for AMD's gfx942, whose assembly says what it takes; without a score."""
+    target = GPUTarget("hip", "gfx942", 64)
+    compiled = triton.compile(spec.source(), target=target, options=spec.options | options)
+    text = compiled.asm["amdgcn"]
+    said = {k: int(v) for k, v in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.M)}
+    return Binary(
+        registers=said["vgpr_count"],
+        spilled=said["private_segment_fixed_size"],
+        shared=compiled.metadata.shared,
+        tensor_memory=0,
+        tensor_instructions=len(TENSOR_CORE.findall(text)),
+        products="tt.dot" in compiled.asm["ttir"],
+    )
 
 
 def faults(binary: Binary, spec: KernelSpec, capability: int) -> list[str]:

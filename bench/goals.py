@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .launches import Launch
+from .launches import Launch, architecture
 
 Key = tuple[str, int]
 Row = dict[str, Any]
@@ -118,5 +118,7 @@ def summary(items: Mapping[Key, Launch], rows: Mapping[Key, Row]) -> str:
         got = goal.got(items, rows)
         shown = f"{'-':>7}  not scored" if got is None else f"{got:7.3f}"
         missed = "  missed" if got is not None and got > goal.asked else ""
-        lines.append(f"{goal.name:56}{f'sm_{goal.capability}':8}{goal.asked:7.2f}{shown}{missed}")
+        lines.append(
+            f"{goal.name:56}{architecture(goal.capability):8}{goal.asked:7.2f}{shown}{missed}"
+        )
     return "\n".join(lines)

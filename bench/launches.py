@@ -19,8 +19,10 @@ from fuseformer.kernels.common import FAMILIES, KernelSpec
 
 from fuseformer import kernels
 
+#: What stands for AMD's gfx942 where architectures are compute capabilities.
+GFX942 = 942
 #: Compute capability: KiB of shared memory that one program may have.
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, GFX942: 64}
 #: Arguments that change the kernel by being there.
 OPTIONAL = (
     "padding_ptr",
@@ -69,9 +71,23 @@ class Launch:
 
     @property
     def words(self) -> list[str]:
-        shown = [(k, v) for k, v in self.constants.items() if v is not False and v != "ieee"]
+        shown = [
+            (k, v)
+            for k, v in self.constants.items()
+            if v is not False and v is not None and v != "ieee"
+        ]
         constants = [k if v is True else f"{k}={v}" for k, v in shown]
         return [self.kernel, self.dtype, *constants, *self.options]
+
+
+def architecture(capability: int) -> str:
+    """Return the name of an architecture, such as "sm_80"."""
+    return "gfx942" if capability == GFX942 else f"sm_{capability}"
+
+
+def capability_of(architecture: str) -> int:
+    """Return what `architecture` has named."""
+    return int(architecture.removeprefix("sm_").removeprefix("gfx"))
 
 
 def tensors(spec: KernelSpec) -> list[torch.Tensor]:

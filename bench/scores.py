@@ -20,7 +20,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from . import binaries, goals
-from .launches import SHARED_LIMIT, Launch, launches
+from .launches import SHARED_LIMIT, Launch, architecture, capability_of, launches
 
 STORED = Path(__file__).parent / "results" / "compile_matrix.json"
 TOLERANCE = 0.03
@@ -119,7 +119,7 @@ def document(rows: Rows, before: dict[str, Any] | None = None) -> dict[str, Any]
     if before is not None:
         kept = before["launches"]
     for (name, capability), row in rows.items():
-        kept.setdefault(name, {})[f"sm_{capability}"] = row
+        kept.setdefault(name, {})[architecture(capability)] = row
     return {"compilers": binaries.versions(), "launches": kept}
 
 
@@ -128,8 +128,8 @@ def save(kept: dict[str, Any], path: Path) -> None:
     launched = []
     for name, by_architecture in sorted(kept["launches"].items()):
         rows = [
-            f"   {json.dumps(architecture)}: {json.dumps(by_architecture[architecture])}"
-            for architecture in sorted(by_architecture, key=lambda a: int(a.removeprefix("sm_")))
+            f"   {json.dumps(there)}: {json.dumps(by_architecture[there])}"
+            for there in sorted(by_architecture, key=capability_of)
         ]
         launched.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n  }")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,13 +146,13 @@ def problems(rows: Rows, kept: dict[str, Any] | None, match: list[str] | None = 
     """
     found = []
     for (name, capability), row in rows.items():
-        where = f"{name} on sm_{capability}"
+        where = f"{name} on {architecture(capability)}"
         found += [f"{where}: {fault}" for fault in row.get("faults", [])]
         if "error" in row:
             found.append(f"{where}: {row['error']}")
         if kept is None:
             continue
-        before = kept["launches"].get(name, {}).get(f"sm_{capability}")
+        before = kept["launches"].get(name, {}).get(architecture(capability))
         if before is None:
             found.append(f"{where}: not in the stored matrix")
             continue
@@ -164,11 +164,11 @@ def problems(rows: Rows, kept: dict[str, Any] | None, match: list[str] | None = 
         return found
     measured = {capability for _, capability in rows} or set(SHARED_LIMIT)
     for name, by_architecture in kept["launches"].items():
-        for architecture in by_architecture:
-            capability = int(architecture.removeprefix("sm_"))
+        for there in by_architecture:
+            capability = capability_of(there)
             asked = capability in measured and all(text in name for text in match)
             if asked and (name, capability) not in rows:
-                found.append(f"{name} on {architecture}: stored, but no longer launched")
+                found.append(f"{name} on {there}: stored, but no longer launched")
     return found
 
 
@@ -196,15 +196,15 @@ def table(rows: Rows) -> str:
         for capability, row in sorted(by_capability.items()):
             config = " ".join(f"{k}={v}" for k, v in row["config"].items())
             if "error" in row:
-                lines.append(f"  sm_{capability:<4}{row['error']}  {config}")
+                lines.append(f"  {architecture(capability):<7}{row['error']}  {config}")
                 continue
             score, edge = row.get("score"), row.get("edge_score")
             figures = [score, edge, edge / score if edge and score else None]
             shown = "".join(f"{'' if f is None else f'{f:.3f}':>7}" for f in figures)
             faults = "".join(f"  FAULT: {fault}" for fault in row.get("faults", []))
             lines.append(
-                f"  sm_{capability:<4}{row['registers']:4}{row['spilled']:8}{row['shared']:8}"
-                f"{row['tensor_instructions']:5}{shown}  {config}{faults}"
+                f"  {architecture(capability):<7}{row['registers']:4}{row['spilled']:8}"
+                f"{row['shared']:8}{row['tensor_instructions']:5}{shown}  {config}{faults}"
             )
     return "\n".join(lines[1:])
 
@@ -216,7 +216,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = [f"sm_{capability}" for capability in SHARED_LIMIT]
+    names = [architecture(capability) for capability in SHARED_LIMIT]
     parser.add_argument("--family", nargs="+", choices=names, default=names, metavar="sm_80")
     parser.add_argument("--match", nargs="+", default=[], help="texts that a launch's name holds")
     parser.add_argument("--goals", action="store_true", help="only what the goals are about")
@@ -236,7 +236,7 @@ def main(arguments: list[str]) -> int:
         before = load(asked.output)
         if before["compilers"] != binaries.versions():
             parser.error(f"--output {asked.output} is of other compilers: replace it as a whole")
-    capabilities = [int(name.removeprefix("sm_")) for name in asked.family]
+    capabilities = [capability_of(name) for name in asked.family]
     items = work(capabilities, asked.match)
     if asked.goals:
         items = {key: launch for key, launch in items.items() if goals.needed(launch, key[1])}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .attention_backward import attention_backward, varlen_attention_backward
 from .attention_configs import Tiles
-from .attention_layout import Layout, Options, positive_scale
+from .attention_layout import Layout, Options, near, positive_scale
 from .attention_logits import (
     LN2,
     LOG2E,
@@ -111,7 +111,7 @@ def attention_forward_kernel(
     threshold, dropout_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
     """Compute one query block of one head: its output rows and their lse.
 
@@ -143,7 +143,7 @@ def attention_forward_kernel(
         batch, head, sm_scale, softcap,
         bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
         slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
-        seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
+        seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right, BIAS_ALIGN,
     )  # fmt: skip
     begin, head_end, full, full_end, end = key_ranges(row, scoring, BLOCK_M, BLOCK_N, EDGE_N)
     seed = 0
@@ -245,6 +245,7 @@ def attention_forward(
     `bias` broadcasts to (B, H, Sq, Sk). Rows that see no key get 0, and -inf or their sink.
     """
     layout = Layout.dense(q, k)
+    q, k, v = (near(x, 2) for x in (q, k, v))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     q, scale = positive_scale(q, scale)
@@ -278,6 +279,7 @@ def varlen_attention_forward(
     Rows that no sequence owns get 0 and -inf: a captured graph may carry a padded tail.
     """
     layout = Layout.packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    q, k, v = (near(x, 0) for x in (q, k, v))
     out = torch.zeros_like(q)
     lse = q.new_full((layout.heads, q.shape[0]), -float("inf"), dtype=torch.float32)
     q, scale = positive_scale(q, scale)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .attention_bias_gradient import bias_gradient
 from .attention_configs import Tiles
 from .attention_gradients import attention_key_gradient_kernel, attention_query_gradient_kernel
-from .attention_layout import Layout, Options, positive_scale, unit_stride
+from .attention_layout import Layout, Options, near, positive_scale, unit_stride
 from .attention_logits import LOG2E
 from .attention_tiles import (
     RUNTIME_SIZES,
@@ -138,6 +138,7 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return dq, dk, dv, and where asked for dbias and dsinks."""
     packed = layout.cu_seqlens_q is not None
+    q, k, v, out, dout = (near(x, 0 if packed else 2) for x in (q, k, v, out, dout))
     like = torch.zeros_like if packed else torch.empty_like
     dq, dk, dv = like(q), like(k), like(v)
     dout = unit_stride(dout)

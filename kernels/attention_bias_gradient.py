@@ -59,7 +59,7 @@ def attention_bias_gradient_kernel(
     threshold, dropout_scale, bias_heads, shared_heads, shared, parts,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SUM_ROWS: tl.constexpr, SUM_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Compute one part of one tile of dbias.
@@ -110,7 +110,7 @@ def attention_bias_gradient_kernel(
             batch, head, sm_scale, softcap,
             bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
             slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
-            seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
+            seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right, BIAS_ALIGN,
         )  # fmt: skip
         kv_head = head // GROUP
         q_base = head_base(q_ptr, batch, head, start, stride_qb, stride_qh, stride_qs, ALIGN)

@@ -163,7 +163,7 @@ def attention_key_gradient_kernel(
     threshold, dropout_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_M: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_M: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of one key block of one key head, over all query heads that share it.
 
@@ -209,7 +209,7 @@ def attention_key_gradient_kernel(
             batch, head, sm_scale, softcap,
             bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
             slopes_ptr, None, 0, 0,
-            seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
+            seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right, BIAS_ALIGN,
         )  # fmt: skip
         begin, head_end, full, full_end, end = query_ranges(
             first_key, scoring, BLOCK_N, BLOCK_M, EDGE_M
@@ -255,7 +255,7 @@ def attention_query_gradient_kernel(
     threshold, dropout_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of one query block of one head; grid and key blocks as in the forward pass."""
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -291,7 +291,7 @@ def attention_query_gradient_kernel(
         batch, head, sm_scale, softcap,
         bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
         slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
-        seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
+        seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right, BIAS_ALIGN,
     )  # fmt: skip
     begin, head_end, full, full_end, end = key_ranges(row, scoring, BLOCK_M, BLOCK_N, EDGE_N)
     seed = 0

@@ -1,6 +1,6 @@
 """What a call of attention hands to its kernels: sizes, strides and options."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,8 @@ Result = TypeVar("Result")
 
 # A window wider than any sequence hides nothing; sums of such numbers stay within 32 bits.
 _WIDEST = 1 << 29
+# Offsets within a tile have 32 bits: sums of two such steps for each of 256 rows fit.
+_FARTHEST = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,15 @@ class Layout:
     def scoring_arguments(self, options: Options) -> dict[str, Any]:
         """Return the arguments of what acts on the logits of a head besides the scale."""
         bias, padding, slopes = options.bias, options.key_padding_mask, options.alibi_slopes
+        if padding is not None and padding.stride(1) != 1:
+            padding = padding.contiguous()  # offsets of all keys have 32 bits
         names = ("stride_bias_b", "stride_bias_h", "stride_bias_m", "stride_bias_n")
         strides = dict.fromkeys(names, 0)
         if bias is not None:
             bias = bias[(None,) * (4 - bias.dim())]
             if bias.dtype == torch.float64:
                 bias = bias.float()
+            bias = near(bias, 2, 3)
             steps = zip(names, bias.stride(), bias.shape, strict=True)
             strides = {name: stride if size > 1 else 0 for name, stride, size in steps}
         return {
@@ -171,6 +176,7 @@ class Layout:
             "padding_ptr": padding,
             "stride_pad_b": 0 if padding is None else padding.stride(0),
             "stride_pad_s": 0 if padding is None else padding.stride(1),
+            "BIAS_ALIGN": None if bias is None else _alignment(list(strides.values())[:3]),
         }
 
     def strides(self, **tensors: Tensor) -> dict[str, int]:
@@ -183,8 +189,18 @@ class Layout:
             ]
             b, h, s = steps[:3] if self.cu_seqlens_q is None else (0, steps[1], steps[0])
             found |= {f"stride_{name}b": b, f"stride_{name}h": h, f"stride_{name}s": s}
-        align = 8 if all(stride % 8 == 0 for stride in found.values()) else 1
-        return found | {"ALIGN": align}
+        return found | {"ALIGN": _alignment(found.values())}
+
+
+def _alignment(strides: Iterable[int]) -> int:
+    """Return what divides all strides: 8, which 16-byte loads of 16-bit elements want, or 1."""
+    return 8 if all(stride % 8 == 0 for stride in strides) else 1
+
+
+def near(tensor: Tensor, *dims: int) -> Tensor:
+    """Return `tensor`, copied if steps along `dims` take a tile past what 32 bits can count."""
+    far = any(tensor.stride(dim) > _FARTHEST and tensor.shape[dim] > 1 for dim in dims)
+    return tensor.contiguous() if far else tensor
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .attention_tiles import aligned
+
 # ------------------------------------------------------------------------------------------------
 # Constants
 # ------------------------------------------------------------------------------------------------
@@ -52,11 +54,14 @@ def scoring_of(
     batch, head, sm_scale, softcap,
     bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
-    seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
+    seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right, BIAS_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Return the `Scoring` of one head, with 64-bit offsets to what may be large."""
     bias = None
     if bias_ptr is not None:
+        stride_bias_b = aligned(stride_bias_b, BIAS_ALIGN)
+        stride_bias_h = aligned(stride_bias_h, BIAS_ALIGN)
+        stride_bias_m = aligned(stride_bias_m, BIAS_ALIGN)
         offset = batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
         bias = bias_ptr + offset
     slope_log2 = None

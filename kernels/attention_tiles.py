@@ -8,10 +8,11 @@ import triton.language as tl
 # ------------------------------------------------------------------------------------------------
 
 #: Integers that change from call to call: specialising on them would only add compilations. Strides
-#: of batch entries and heads change with the lengths; kernels know their alignment by `aligned`.
-#: That of a bias's rows is not among them: it decides whether a bias is loaded in vectors.
+#: of batch entries and heads change with the lengths, and so does that of a bias's rows; kernels
+#: know their alignment by `aligned`.
 RUNTIME_SIZES = (
     *("heads", "seqlen_q", "seqlen_k", "window_left", "window_right", "threshold"),
+    "stride_bias_m",
     *(
         f"stride_{name}{axis}"
         for name in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "l", "bias_", "pad_")

@@ -15,7 +15,8 @@ from torch import Tensor
 # ------------------------------------------------------------------------------------------------
 
 #: Compute capability -> family that shares configs. sm_86, sm_89 and sm_120 have about 100 KB of
-#: shared memory and warp-level mma; sm_90 has wgmma, sm_100 tcgen05, both with about 228 KB.
+#: shared memory and warp-level mma; sm_90 has wgmma, sm_100 tcgen05, both with about 228 KB. AMD's
+#: gfx942 has 64 KB, and 64 threads a warp.
 FAMILIES = {
     80: "sm_80",
     86: "sm_86",
@@ -26,6 +27,7 @@ FAMILIES = {
     103: "sm_100",
     120: "sm_86",
     121: "sm_86",
+    942: "gfx942",
 }
 
 _POINTER_TYPES = {
@@ -176,6 +178,8 @@ def device_family(device: torch.device) -> str:
         return _recorder.family
     if device.type != "cuda":  # something executes the kernels on the CPU
         return "sm_80"
+    if torch.version.hip is not None:
+        return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
     return FAMILIES.get(10 * major + minor, "sm_86")
 

@@ -14,7 +14,7 @@ import torch
 from .autotune import size_class, tuned
 
 #: Programs that keep a GPU of the family busy: two for each multiprocessor of its largest member.
-PROGRAMS = {"sm_80": 216, "sm_86": 284, "sm_90": 264, "sm_100": 296}
+PROGRAMS = {"sm_80": 216, "sm_86": 284, "sm_90": 264, "sm_100": 296, "gfx942": 608}
 #: A split of fewer key blocks costs more to merge than it saves; past so many, merging is the work.
 LEAST_BLOCKS, MOST_SPLITS = 2, 128
 

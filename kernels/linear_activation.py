@@ -36,6 +36,7 @@ _LEAN_CONFIGS: dict[str, _Config] = {
     "sm_86": (128, 128, 64, 4, 3),
     "sm_90": (128, 256, 64, 8, 3),
     "sm_100": (128, 128, 64, 8, 3),
+    "gfx942": (128, 128, 32, 8, 2),
 }
 
 # Any more than that: half as many values a thread, or what the epilogue needs would be spilled.

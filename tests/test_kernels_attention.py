@@ -1,5 +1,9 @@
 """The Triton attention kernels, executed on the CPU, against the oracle in float64."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from attention_checks import (
@@ -148,3 +152,43 @@ def test_tf32_follows_the_setting_of_pytorch():
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert 1e-5 < (rounded - exact).abs().max() < 1e-2
+
+
+PAST_32_BITS = """
+import torch
+from fuseformer.kernels import attention as kernels
+
+room = torch.empty(2**31 + 2**29, dtype=torch.float16)  # of which little is ever touched
+far_rows = (0, 0, 2**27, 1)
+options = (None, "top_left", 12, -1, 0.0, 0.25, 0.0)
+for shape, strides in (
+    ((2, 1, 18, 16), (2**31 + 64, 16, 16, 1)),
+    ((1, 2, 18, 16), (0, 2**31 + 64, 16, 1)),
+    ((1, 1, 18, 16), far_rows),
+):
+    x = room.as_strided(shape, strides).normal_()
+    dense = x.contiguous()
+    bias = room[512:].as_strided((1, 1, 18, 18), far_rows).normal_()
+    got = []
+    for q, b in ((x, bias), (dense, bias.contiguous())):
+        given = (b, None, None, None, None, *options)
+        out, lse = kernels.attention_forward(q, q, q, *given)
+        grads = kernels.attention_backward(q, None, q, q, q, out, lse, *given, True)
+        got.append((out, lse, *grads[:4]))
+    for far, near in zip(*got):
+        assert far.isfinite().all()
+        assert torch.equal(far, near)
+print("reached")
+"""
+
+
+def test_tensors_of_more_than_2_to_the_31_elements():
+    """In Triton's interpreter, which does not shadow the memory that a tensor spans."""
+    done = subprocess.run(
+        [sys.executable, "-c", PAST_32_BITS],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "reached\n", done.stderr[-3000:]
