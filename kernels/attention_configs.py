@@ -1,12 +1,16 @@
 """Tile sizes of the attention kernels, by pass, head dim, demand and architecture family.
 
-The tables hold what compiles without spills and within the shared memory; none of it was timed on
-a GPU. Where a family cannot take the numbers of sm_80 it has its own. What decides: 8 warps halve
-the registers a thread needs for a tile, so that tiles of 128 fit; at head dim 256 the accumulators
-take so many that tiles shrink. The dk/dv pass holds two accumulators and two operands, hence its
-small tiles. At head dim 256 those of both backward passes on sm_90, and of dk/dv on sm_100 for
-other than lean calls, go below the 64 rows that the newer tensor-core instructions need, which
-spill there: products become mma.sync.
+The tables hold what compiles without spills and within the shared memory, and of that what scores
+best (`python -m bench scores`); none of it was timed on a GPU. What decides:
+
+- 8 warps halve the registers a thread needs for a tile, so that tiles of 128 fit; at head dim 256
+  the accumulators take so many that tiles shrink. The dk/dv pass holds two accumulators and two
+  operands, hence its small tiles. Dropout and what acts on the logits take registers too.
+- sm_86: 99 KiB of shared memory, and code that takes more registers.
+- sm_90: a wgmma takes 64 rows of each of two warpgroups, and longer tiles spread what a step costs.
+  At head dim 256 both backward passes go below those rows, because wgmma spills there: their
+  products become mma.sync. So do they on sm_100 in dk/dv for other than lean calls.
+- gfx942: 64 KiB of shared memory, and with 4 warps 512 registers for each of 64 threads.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -114,13 +118,33 @@ _FORWARD_EXCEPTIONS: dict[str, _Table] = {
             "windowed": Tiles(128, 64, 64, 8, 2),
             "logits": Tiles(128, 64, 32, 8, 2),
         },
-        256: {"lean": Tiles(64, 32, 32, 8, 2), "logits": Tiles(32, 32, 32, 8, 1)},
+        256: {"lean": Tiles(64, 32, 32, 8, 2), "everything": Tiles(32, 32, 32, 8, 2)},
     },
     "sm_100": {
         16: {"lean": Tiles(128, 128, 64, 8, 3), "dropout": Tiles(128, 64, 64, 8, 3)},
         32: {"lean": Tiles(128, 128, 64, 8, 2), "dropout": Tiles(128, 64, 32, 8, 2)},
         64: {"lean": Tiles(128, 128, 64, 8, 2), "general": Tiles(128, 64, 32, 8, 2)},
         128: {"lean": Tiles(128, 64, 32, 8, 2), "dropout": Tiles(128, 32, 32, 8, 2)},
+    },
+    "gfx942": {
+        16: {
+            "lean": Tiles(128, 128, 64, 8, 2),
+            "logits": Tiles(128, 64, 64, 4, 2),
+            "everything": Tiles(128, 64, 64, 4, 1),
+        },
+        32: {"lean": Tiles(128, 64, 64, 4, 2)},
+        64: {"lean": Tiles(128, 64, 64, 4, 2)},
+        128: {
+            "lean": Tiles(128, 128, 64, 4, 2),
+            "dropout": Tiles(128, 128, 64, 4, 1),
+            "logits": Tiles(128, 64, 32, 4, 1),
+            "everything": Tiles(128, 32, 32, 4, 2),
+        },
+        256: {
+            "lean": Tiles(128, 32, 32, 4, 1),
+            "dropout": Tiles(128, 32, 32, 4, 2),
+            "logits": Tiles(128, 32, 32, 4, 1),
+        },
     },
 }
 _KEY_EXCEPTIONS: dict[str, _Table] = {
@@ -151,6 +175,12 @@ _KEY_EXCEPTIONS: dict[str, _Table] = {
             "dropout": Tiles(64, 128, 64, 8, 2),
             "logits": Tiles(32, 128, 32, 8, 2),
         },
+        64: {
+            "lean": Tiles(64, 128, 32, 8, 2),
+            "general": Tiles(32, 64, 32, 8, 2),
+            "dropout": Tiles(32, 64, 32, 8, 1),
+            "logits": Tiles(32, 32, 32, 4, 2),
+        },
         128: {
             "lean": Tiles(32, 128, 32, 8, 2),
             "general": Tiles(16, 64, 16, 8, 2),
@@ -176,6 +206,13 @@ _KEY_EXCEPTIONS: dict[str, _Table] = {
             "everything": Tiles(16, 32, 16, 8, 1),
         },
     },
+    "gfx942": {
+        16: {"lean": Tiles(32, 64, 32, 4, 2)},
+        32: {"lean": Tiles(32, 64, 32, 4, 2)},
+        64: {"lean": Tiles(32, 64, 32, 4, 2)},
+        128: {"lean": Tiles(32, 64, 32, 4, 2), "logits": Tiles(32, 64, 32, 4, 1)},
+        256: {"lean": Tiles(32, 32, 32, 4, 1), "logits": Tiles(16, 32, 16, 4, 1)},
+    },
 }
 _QUERY_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {
@@ -188,13 +225,31 @@ _QUERY_EXCEPTIONS: dict[str, _Table] = {
     },
     "sm_90": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
     "sm_100": {256: {"lean": Tiles(64, 32, 32, 8, 1), "dropout": Tiles(64, 32, 32, 8, 2)}},
+    "gfx942": {
+        16: {"lean": Tiles(128, 32, 32, 4, 2)},
+        32: {"lean": Tiles(128, 32, 32, 4, 2)},
+        64: {"lean": Tiles(128, 32, 32, 4, 2)},
+        128: {"lean": Tiles(128, 32, 32, 4, 2)},
+        256: {
+            "lean": Tiles(64, 32, 32, 4, 1),
+            "dropout": Tiles(32, 32, 32, 4, 1),
+            "logits": Tiles(64, 32, 32, 4, 1),
+        },
+    },
 }
 _BIAS_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {
         16: {"logits": Tiles(32, 64, 64, 8, 2)},
         32: {"logits": Tiles(32, 64, 64, 8, 2)},
         128: {"logits": Tiles(32, 32, 32, 8, 2)},
-    }
+    },
+    "gfx942": {
+        16: {"logits": Tiles(64, 64, 64, 8, 2)},
+        32: {"logits": Tiles(64, 64, 64, 8, 2), "everything": Tiles(64, 64, 64, 8, 1)},
+        64: {"logits": Tiles(64, 64, 64, 8, 2), "everything": Tiles(64, 64, 64, 8, 1)},
+        128: {"logits": Tiles(64, 64, 64, 8, 1), "everything": Tiles(64, 64, 64, 4, 1)},
+        256: {"logits": Tiles(64, 64, 64, 4, 1)},
+    },
 }
 
 # Single precision has no tensor cores: small tiles.
@@ -230,6 +285,7 @@ _FORWARD_SINGLE_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {256: {"lean": Tiles(16, 32, 32, 16, 2)}},
     "sm_90": {256: {"lean": Tiles(16, 32, 32, 8, 2)}},
     "sm_100": {256: {"lean": Tiles(16, 32, 32, 8, 2)}},
+    "gfx942": {dim: {"lean": Tiles(32, 32, 32, 4, 1)} for dim in (64, 128, 256)},
 }
 _KEY_SINGLE_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {
@@ -237,15 +293,36 @@ _KEY_SINGLE_EXCEPTIONS: dict[str, _Table] = {
         128: {"lean": Tiles(16, 32, 16, 16, 2), "logits": Tiles(16, 32, 16, 16, 3)},
         256: {"lean": Tiles(16, 32, 16, 8, 2), "logits": Tiles(16, 32, 16, 16, 1)},
     },
+    "gfx942": {
+        64: {"lean": Tiles(32, 32, 32, 4, 1)},
+        128: {"lean": Tiles(32, 32, 32, 4, 1)},
+        256: {"lean": Tiles(16, 32, 16, 4, 1)},
+    },
 }
 _QUERY_SINGLE_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {
-        64: {"lean": Tiles(32, 32, 32, 8, 1), "logits": Tiles(16, 32, 32, 8, 1)},
+        64: {"lean": Tiles(32, 32, 32, 8, 1), "logits": Tiles(32, 32, 32, 8, 2)},
         128: {"lean": Tiles(32, 32, 32, 8, 1)},
         256: {"lean": Tiles(16, 32, 32, 8, 1), "logits": Tiles(16, 32, 32, 16, 1)},
     },
     "sm_90": {128: {"lean": Tiles(32, 32, 32, 4, 1), "logits": Tiles(32, 32, 32, 8, 1)}},
     "sm_100": {128: {"lean": Tiles(32, 32, 32, 8, 1)}},
+    "gfx942": {
+        32: {"lean": Tiles(32, 32, 32, 4, 1)},
+        64: {"lean": Tiles(32, 32, 32, 4, 1)},
+        256: {"lean": Tiles(16, 32, 32, 4, 1)},
+    },
+}
+
+
+_BIAS_SINGLE_EXCEPTIONS: dict[str, _Table] = {
+    "gfx942": {
+        16: {"logits": Tiles(32, 32, 32, 4, 1)},
+        32: {"logits": Tiles(32, 32, 32, 4, 1)},
+        64: {"logits": Tiles(32, 32, 32, 4, 1)},
+        128: {"logits": Tiles(32, 32, 32, 4, 1)},
+        256: {"logits": Tiles(16, 32, 32, 4, 1)},
+    }
 }
 
 
@@ -264,7 +341,9 @@ _CONFIGS: dict[Pass, _Configs] = {
     "query_gradient": _Configs(
         _QUERY_GRADIENT, _QUERY_EXCEPTIONS, _QUERY_SINGLE, _QUERY_SINGLE_EXCEPTIONS
     ),
-    "bias_gradient": _Configs(_BIAS_GRADIENT, _BIAS_EXCEPTIONS, _BIAS_SINGLE, {}),
+    "bias_gradient": _Configs(
+        _BIAS_GRADIENT, _BIAS_EXCEPTIONS, _BIAS_SINGLE, _BIAS_SINGLE_EXCEPTIONS
+    ),
 }
 
 

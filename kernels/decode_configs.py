@@ -52,6 +52,12 @@ _EXCEPTIONS: dict[str, dict[int, Tiles]] = {
         128: Tiles(64, 32, 4, 5),
         256: Tiles(64, 32, 4, 4),
     },
+    # 64 KiB
+    "gfx942": {
+        64: Tiles(64, 32, 4, 3),
+        128: Tiles(64, 32, 4, 2),
+        256: Tiles(32, 16, 4, 2),
+    },
 }
 # Single precision has no tensor cores: small tiles, the same for every family.
 _SINGLE = {

@@ -12,9 +12,17 @@ from typing import Any
 import pytest
 
 from bench import binaries
-from bench.launches import SHARED_LIMIT, Launch, half_precision, launches
+from bench.known_spills import is_known
+from bench.launches import (
+    GFX942,
+    SHARED_LIMIT,
+    Launch,
+    architecture,
+    half_precision,
+    launches,
+)
 
-CAPABILITIES = (80, 90, 100, 120)
+CAPABILITIES = (80, 90, 100, 120, GFX942)
 
 
 def faults(launch: Launch, capability: int, **options: int) -> list[str]:
@@ -49,12 +57,7 @@ def chosen(capability: int) -> Iterator[tuple[str, Launch]]:
         yield members[turn % len(members)]
 
 
-# Not mended yet: dropout and all that acts on the logits at once, at the largest head dim.
-SPILLS = pytest.mark.xfail(strict=True, reason="spills 32 bytes of registers per thread")
-KNOWN_FAULTS = {
-    "sm_90 attention_key_gradient bf16 GROUP=2 HEAD_DIM=256 BLOCK_D=256 ALIGN=8 seed bias slopes "
-    "window_left window_right softcap": SPILLS,
-}
+SPILLS = pytest.mark.xfail(strict=True, reason="named in bench/known_spills.py")
 
 
 @pytest.mark.parametrize(
@@ -63,8 +66,8 @@ KNOWN_FAULTS = {
         pytest.param(
             capability,
             launch,
-            id=f"sm_{capability}-{name.replace(' ', '-')}",
-            marks=KNOWN_FAULTS.get(f"sm_{capability} {name}", ()),
+            id=f"{architecture(capability)}-{name.replace(' ', '-')}",
+            marks=[SPILLS] if is_known(name, capability) else [],
         )
         for capability in CAPABILITIES
         for name, launch in chosen(capability)
