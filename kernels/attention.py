@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_backward import attention_backward, varlen_attention_backward
-from .attention_configs import Tiles
 from .attention_layout import Layout, Options, near, positive_scale
 from .attention_logits import (
     LN2,
@@ -33,7 +32,7 @@ from .attention_tiles import (
     store_tile,
     tile_offsets,
 )
-from .common import KernelSpec, dropout_keep, launch, recorded_launches
+from .common import KernelSpec, dropout_keep, recorded_launches
 
 __all__ = [
     "attention_backward",
@@ -203,23 +202,7 @@ def _launch_forward(
         **layout.arguments(lse, options),
         **layout.strides(q=q, k=k, v=v, o=out),
     }
-
-    def run(tiles: Tiles) -> None:
-        blocks = triton.cdiv(layout.seqlen_q, tiles.block_m)
-        launch(
-            attention_forward_kernel,
-            (blocks * layout.heads * layout.batch,),
-            {
-                **arguments,
-                "BLOCK_M": tiles.block_m,
-                "BLOCK_N": tiles.block_n,
-                "EDGE_N": tiles.edge,
-            },
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-
-    layout.run_pass("forward", options, q.device, run)
+    layout.launch_pass("forward", attention_forward_kernel, options, arguments)
 
 
 def attention_forward(

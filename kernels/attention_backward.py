@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_bias_gradient import bias_gradient
-from .attention_configs import Tiles
 from .attention_gradients import attention_key_gradient_kernel, attention_query_gradient_kernel
 from .attention_layout import Layout, Options, near, positive_scale, unit_stride
 from .attention_logits import LOG2E
@@ -155,44 +154,21 @@ def _launch_backward(
         "delta_ptr": delta,
         **layout.arguments(lse, options),
     }
-
-    def write_key_gradients(tiles: Tiles) -> None:
-        blocks = triton.cdiv(layout.seqlen_k, tiles.block_n)
-        launch(
-            attention_key_gradient_kernel,
-            (blocks * (layout.heads // max(layout.group, 1)) * layout.batch,),
-            {
-                **inputs,
-                "dk_ptr": dk,
-                "dv_ptr": dv,
-                **layout.strides(q=signed_q, k=k, v=v, do=dout, dk=dk, dv=dv),
-                "BLOCK_M": tiles.block_m,
-                "BLOCK_N": tiles.block_n,
-                "EDGE_M": tiles.edge,
-            },
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-
-    def write_query_gradient(tiles: Tiles) -> None:
-        blocks = triton.cdiv(layout.seqlen_q, tiles.block_m)
-        launch(
-            attention_query_gradient_kernel,
-            (blocks * layout.heads * layout.batch,),
-            {
-                **inputs,
-                "dq_ptr": dq,
-                **layout.strides(q=signed_q, k=k, v=v, do=dout, dq=dq),
-                "BLOCK_M": tiles.block_m,
-                "BLOCK_N": tiles.block_n,
-                "EDGE_N": tiles.edge,
-            },
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-
-    layout.run_pass("key_gradient", options, q.device, write_key_gradients)
-    layout.run_pass("query_gradient", options, q.device, write_query_gradient)
+    key_arguments = {
+        **inputs,
+        "dk_ptr": dk,
+        "dv_ptr": dv,
+        **layout.strides(q=signed_q, k=k, v=v, do=dout, dk=dk, dv=dv),
+    }
+    layout.launch_pass(
+        "key_gradient", attention_key_gradient_kernel, options, key_arguments, keys=True
+    )
+    query_arguments = {
+        **inputs,
+        "dq_ptr": dq,
+        **layout.strides(q=signed_q, k=k, v=v, do=dout, dq=dq),
+    }
+    layout.launch_pass("query_gradient", attention_query_gradient_kernel, options, query_arguments)
     dbias = None
     if bias_grad and options.bias is not None:
         inputs |= layout.strides(q=signed_q, k=k, v=v, do=dout)

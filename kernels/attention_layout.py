@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention_configs import Demand, Pass, Tiles, attention_tiles, candidates
 from .autotune import size_class, tuned
-from .common import device_family, dot_precision
+from .common import device_family, dot_precision, launch
 
 Result = TypeVar("Result")
 
@@ -126,6 +126,33 @@ class Layout:
             device,
         )
         return run(tiles)
+
+    def launch_pass(
+        self,
+        which: Pass,
+        kernel: triton.JITFunction,
+        options: Options,
+        arguments: dict[str, Any],
+        *,
+        keys: bool = False,
+    ) -> None:
+        """Launch a pass whose programs take a block of a head's queries each, or of its `keys`."""
+        length, heads = self.seqlen_q, self.heads
+        if keys:
+            length, heads = self.seqlen_k, self.heads // max(self.group, 1)
+
+        def run(tiles: Tiles) -> None:
+            blocks = triton.cdiv(length, tiles.block_n if keys else tiles.block_m)
+            sides = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
+            launch(
+                kernel,
+                (blocks * heads * self.batch,),
+                {**arguments, **sides, "EDGE_M" if keys else "EDGE_N": tiles.edge},
+                num_warps=tiles.warps,
+                num_stages=tiles.stages,
+            )
+
+        self.run_pass(which, options, arguments["q_ptr"].device, run)
 
     def arguments(self, lse: Tensor, options: Options) -> dict[str, Any]:
         """Return the kernel arguments that do not depend on tiles and on which tensors are read."""

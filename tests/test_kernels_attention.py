@@ -1,9 +1,5 @@
 """The Triton attention kernels, executed on the CPU, against the oracle in float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from attention_checks import (
@@ -15,6 +11,7 @@ from attention_checks import (
     compare,
 )
 from fuseformer.kernels import attention as kernels
+from interpreted import run_interpreted
 
 from fuseformer import reference
 
@@ -184,11 +181,4 @@ print("reached")
 
 def test_tensors_of_more_than_2_to_the_31_elements():
     """In Triton's interpreter, which does not shadow the memory that a tensor spans."""
-    done = subprocess.run(
-        [sys.executable, "-c", PAST_32_BITS],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "reached\n", done.stderr[-3000:]
+    assert run_interpreted(PAST_32_BITS) == "reached\n"

@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from fuseformer.kernels import attention, autotune, decode, feed_forward, gated_feed_forward
+from fuseformer.kernels import (
+    attention,
+    attention_layout,
+    autotune,
+    decode,
+    feed_forward,
+    gated_feed_forward,
+)
 from fuseformer.kernels.attention_configs import Tiles, attention_tiles, candidates
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
@@ -69,11 +76,11 @@ def test_the_fastest_wins_is_used_and_is_kept(monkeypatch, folder, asked):
             raise OutOfResources(1, 0, "shared memory")
         return 1.0 if tiles == fastest else 2.0
 
-    launch = attention.launch
+    launch = attention_layout.launch
     monkeypatch.setattr(autotune, "_milliseconds", milliseconds)
     monkeypatch.setattr("fuseformer.kernels.attention_layout.candidates", lambda *_: every)
     monkeypatch.setattr(
-        attention, "launch", lambda *a, **k: (used.append(a[2]["BLOCK_M"]), launch(*a, **k))
+        attention_layout, "launch", lambda *a, **k: (used.append(a[2]["BLOCK_M"]), launch(*a, **k))
     )
     forward()
     assert tried == every

@@ -1,15 +1,12 @@
 """The decode kernels, executed on the CPU, on awkward shapes against the oracle."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from decode_checks import LENGTHS, Case, arguments, check_decode
 from fuseformer.kernels import decode as kernels
 from fuseformer.kernels import decode_configs as configs
 from fuseformer.kernels.common import recorded_launches
+from interpreted import run_interpreted
 
 import fuseformer as ff
 
@@ -140,14 +137,7 @@ print("reached")
 
 def test_caches_of_more_than_2_to_the_31_elements():
     """In Triton's interpreter, which does not shadow the memory that a tensor spans."""
-    done = subprocess.run(
-        [sys.executable, "-c", PAST_32_BITS],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "reached\n", done.stderr[-3000:]
+    assert run_interpreted(PAST_32_BITS) == "reached\n"
 
 
 def test_the_public_op_is_served_by_the_kernels():
