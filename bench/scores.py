@@ -20,7 +20,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from . import binaries, goals
-from .known_spills import is_known
+from .known_spills import known_spill, new_faults
 from .launches import SHARED_LIMIT, Launch, architecture, capability_of, launches
 
 STORED = Path(__file__).parent / "results" / "compile_matrix.json"
@@ -148,10 +148,9 @@ def problems(rows: Rows, kept: dict[str, Any] | None, match: list[str] | None = 
     found = []
     for (name, capability), row in rows.items():
         where = f"{name} on {architecture(capability)}"
-        faults = row.get("faults", [])
-        if not is_known(name, capability):
-            found += [f"{where}: {fault}" for fault in faults]
-        elif not any("spilled" in fault for fault in faults):
+        known, spilled = known_spill(name, capability), row.get("spilled", 0)
+        found += [f"{where}: {fault}" for fault in new_faults(row, known)]
+        if known and not spilled and "error" not in row:
             found.append(f"{where}: spills nothing, but is listed in bench/known_spills.py")
         if "error" in row:
             found.append(f"{where}: {row['error']}")
@@ -206,8 +205,11 @@ def table(rows: Rows) -> str:
             score, edge = row.get("score"), row.get("edge_score")
             figures = [score, edge, edge / score if edge and score else None]
             shown = "".join(f"{'' if f is None else f'{f:.3f}':>7}" for f in figures)
-            word = "KNOWN" if is_known(name, capability) else "FAULT"
-            faults = "".join(f"  {word}: {fault}" for fault in row.get("faults", []))
+            new = new_faults(row, known_spill(name, capability))
+            faults = "".join(
+                f"  {'FAULT' if fault in new else 'KNOWN'}: {fault}"
+                for fault in row.get("faults", [])
+            )
             lines.append(
                 f"  {architecture(capability):<7}{row['registers']:4}{row['spilled']:8}"
                 f"{row['shared']:8}{row['tensor_instructions']:5}{shown}  {config}{faults}"

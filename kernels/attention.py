@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_backward import attention_backward, varlen_attention_backward
-from .attention_layout import Layout, Options, near, positive_scale
+from .attention_layout import Layout, Options, laid_out_like, near, positive_scale
 from .attention_logits import (
     LN2,
     LOG2E,
@@ -228,14 +228,16 @@ def attention_forward(
     `bias` broadcasts to (B, H, Sq, Sk). Rows that see no key get 0, and -inf or their sink.
     """
     layout = Layout.dense(q, k)
+    given = q
     q, k, v = (near(x, 2) for x in (q, k, v))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    used = q
     q, scale = positive_scale(q, scale)
     masks = (bias, key_padding_mask, key_lengths, alibi_slopes, sinks)
     options = Options(seed, causal, window_left, window_right, softcap, scale, dropout_p, *masks)
     _launch_forward(layout, q, k, v, out, lse, options)
-    return out, lse
+    return laid_out_like(out, given, used), lse
 
 
 def varlen_attention_forward(
@@ -262,16 +264,18 @@ def varlen_attention_forward(
     Rows that no sequence owns get 0 and -inf: a captured graph may carry a padded tail.
     """
     layout = Layout.packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    given = q
     q, k, v = (near(x, 0) for x in (q, k, v))
     out = torch.zeros_like(q)
     lse = q.new_full((layout.heads, q.shape[0]), -float("inf"), dtype=torch.float32)
+    used = q
     q, scale = positive_scale(q, scale)
     options = Options(
         seed, causal, window_left, window_right, softcap, scale, dropout_p,
         alibi_slopes=alibi_slopes, sinks=sinks,
     )  # fmt: skip
     _launch_forward(layout, q, k, v, out, lse, options)
-    return out, lse
+    return laid_out_like(out, given, used), lse
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from .attention_bias_gradient import bias_gradient
 from .attention_gradients import attention_key_gradient_kernel, attention_query_gradient_kernel
-from .attention_layout import Layout, Options, near, positive_scale, unit_stride
+from .attention_layout import (
+    Layout,
+    Options,
+    laid_out_like,
+    near,
+    positive_scale,
+    unit_stride,
+)
 from .attention_logits import LOG2E
 from .attention_tiles import (
     RUNTIME_SIZES,
@@ -137,6 +144,7 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return dq, dk, dv, and where asked for dbias and dsinks."""
     packed = layout.cu_seqlens_q is not None
+    given = (q, k, v)
     q, k, v, out, dout = (near(x, 0 if packed else 2) for x in (q, k, v, out, dout))
     like = torch.zeros_like if packed else torch.empty_like
     dq, dk, dv = like(q), like(k), like(v)
@@ -172,15 +180,12 @@ def _launch_backward(
     dbias = None
     if bias_grad and options.bias is not None:
         inputs |= layout.strides(q=signed_q, k=k, v=v, do=dout)
-        bias = options.bias
-        dbias = layout.run_pass(
-            "bias_gradient",
-            options,
-            q.device,
-            lambda tiles: bias_gradient(layout, bias, tiles, inputs),
-        )
+        dbias = bias_gradient(layout, options, options.bias, inputs)
     dsinks = None if options.sinks is None else _sink_gradient(options.sinks, lse, delta)
-    return (dq.neg_() if signed_q is not q else dq), dk, dv, dbias, dsinks
+    if signed_q is not q:
+        dq.neg_()
+    dq, dk, dv = map(laid_out_like, (dq, dk, dv), given, (q, k, v))
+    return dq, dk, dv, dbias, dsinks
 
 
 def attention_backward(

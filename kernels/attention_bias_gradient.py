@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention_configs import Tiles
 from .attention_gradients import logit_gradients
-from .attention_layout import Layout
+from .attention_layout import Layout, Options
 from .attention_logits import scoring_of
 from .attention_tiles import (
     RUNTIME_SIZES,
@@ -161,11 +161,24 @@ def attention_bias_gradient_kernel(
 # ------------------------------------------------------------------------------------------------
 
 
-def bias_gradient(layout: Layout, bias: Tensor, tiles: Tiles, inputs: dict[str, Any]) -> Tensor:
+def bias_gradient(layout: Layout, options: Options, bias: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Return the gradient of `bias` (up to 4 dimensions, broadcast to (B, H, Sq, Sk)), like it.
 
     `inputs` are the arguments of the other backward kernels, with the strides of q, k, v and dout.
     """
+
+    def run(tiles: Tiles) -> Tensor:
+        return _bias_gradient(layout, bias, tiles, inputs)
+
+    # Which dimensions are summed makes another kernel.
+    broadcast = "".join("1" if size == 1 else "n" for size in bias.shape)
+    kind = {**inputs, "BIAS": broadcast}
+    kernel = attention_bias_gradient_kernel
+    return run(layout.tuned_tiles("bias_gradient", kernel, options, kind, run))
+
+
+def _bias_gradient(layout: Layout, bias: Tensor, tiles: Tiles, inputs: dict[str, Any]) -> Tensor:
+    """Return what `bias_gradient` does, with the given tiles."""
     sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     full = (layout.batch, layout.heads, layout.seqlen_q, layout.seqlen_k)
     if 0 in full:

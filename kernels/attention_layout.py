@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from .attention_configs import Demand, Pass, Tiles, attention_tiles, candidates
-from .autotune import size_class, tuned
+from .autotune import tuned
 from .common import device_family, dot_precision, launch
-
-Result = TypeVar("Result")
 
 # A window wider than any sequence hides nothing; sums of such numbers stay within 32 bits.
 _WIDEST = 1 << 29
@@ -108,24 +106,24 @@ class Layout:
             return "windowed"
         return "lean" if self.group == 1 and self.head_dim == self.block_d else "general"
 
-    def run_pass(
-        self, which: Pass, options: Options, device: torch.device, run: Callable[[Tiles], Result]
-    ) -> Result:
-        """Return what `run` makes of the config of a pass for this call."""
+    def tuned_tiles(
+        self,
+        which: Pass,
+        kernel: triton.JITFunction,
+        options: Options,
+        arguments: dict[str, Any],
+        run: Callable[[Tiles], object],
+    ) -> Tiles:
+        """Return the config of a pass for this call; `arguments` are the launch's but for it."""
         demand = self.demand(options)
-        tiles = attention_tiles(which, self.family, self.block_d, self.dtype, demand)
-        sizes = (self.batch * self.heads, self.seqlen_q, self.seqlen_k)
-        hides = (options.causal != "none" or options.window_right >= 0, options.window_left >= 0)
-        request = (self.dtype, self.head_dim, self.group, demand, *hides, *map(size_class, sizes))
-        tiles = tuned(
-            f"attention {which}",
-            request,
-            tiles,
+        return tuned(
+            kernel,
+            arguments,
+            (self.batch * self.heads, self.seqlen_q, self.seqlen_k),
+            attention_tiles(which, self.family, self.block_d, self.dtype, demand),
             lambda: candidates(which, self.block_d, self.dtype),
             run,
-            device,
         )
-        return run(tiles)
 
     def launch_pass(
         self,
@@ -152,7 +150,7 @@ class Layout:
                 num_stages=tiles.stages,
             )
 
-        self.run_pass(which, options, arguments["q_ptr"].device, run)
+        run(self.tuned_tiles(which, kernel, options, arguments, run))
 
     def arguments(self, lse: Tensor, options: Options) -> dict[str, Any]:
         """Return the kernel arguments that do not depend on tiles and on which tensors are read."""
@@ -192,7 +190,9 @@ class Layout:
             bias = bias[(None,) * (4 - bias.dim())]
             if bias.dtype == torch.float64:
                 bias = bias.float()
-            bias = near(bias, 2, 3)
+            if is_far(bias, 2, 3):
+                once = tuple(slice(None) if step else slice(1) for step in bias.stride())
+                bias = bias[once].contiguous()  # of what is broadcast, once
             steps = zip(names, bias.stride(), bias.shape, strict=True)
             strides = {name: stride if size > 1 else 0 for name, stride, size in steps}
         return {
@@ -224,10 +224,22 @@ def _alignment(strides: Iterable[int]) -> int:
     return 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
+def is_far(tensor: Tensor, *dims: int) -> bool:
+    """Return whether steps along `dims` take a tile past what 32 bits can count."""
+    return any(tensor.stride(dim) > _FARTHEST and tensor.shape[dim] > 1 for dim in dims)
+
+
 def near(tensor: Tensor, *dims: int) -> Tensor:
-    """Return `tensor`, copied if steps along `dims` take a tile past what 32 bits can count."""
-    far = any(tensor.stride(dim) > _FARTHEST and tensor.shape[dim] > 1 for dim in dims)
-    return tensor.contiguous() if far else tensor
+    """Return `tensor`, copied if it `is_far` along `dims`."""
+    return tensor.contiguous() if is_far(tensor, *dims) else tensor
+
+
+def laid_out_like(result: Tensor, given: Tensor, used: Tensor) -> Tensor:
+    """Return `result`, which is like `used`, as ``empty_like(given)`` lies in memory.
+
+    Callers count on it; `used` is another tensor where `near` has copied `given`.
+    """
+    return result if used is given else torch.empty_like(given).copy_(result)
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 # ------------------------------------------------------------------------------------------------
 
 #: Compute capability -> family that shares configs. sm_86, sm_89 and sm_120 have about 100 KB of
-#: shared memory and warp-level mma; sm_90 has wgmma, sm_100 tcgen05, both with about 228 KB. AMD's
-#: gfx942 has 64 KB, and 64 threads a warp.
+#: shared memory and warp-level mma; sm_90 has wgmma, sm_100 tcgen05, both with about 228 KB. 942
+#: stands for AMD's gfx942, with 64 KB and 64 threads a warp.
 FAMILIES = {
     80: "sm_80",
     86: "sm_86",
@@ -172,7 +172,8 @@ def recorded_launches(family: str) -> Iterator[list[KernelSpec]]:
 def device_family(device: torch.device) -> str:
     """Return the architecture family of `device`, one of the values of `FAMILIES`.
 
-    A newer GPU than the table knows takes the configs with the smallest demands.
+    A newer GPU than the table knows takes the configs of sm_86, which ask for little, and every
+    GPU of AMD those of gfx942.
     """
     if _recorder is not None:
         return _recorder.family

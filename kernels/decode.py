@@ -15,8 +15,9 @@ from torch import Tensor
 from .attention_layout import Layout
 from .attention_logits import LN2, LOG2E
 from .attention_tiles import aligned
+from .autotune import is_on, tuned
 from .common import KernelSpec, dot_precision, launch, recorded_launches
-from .decode_configs import Tiles, choose_splits, merge_tiles, tuned_tiles
+from .decode_configs import MERGE, Tiles, candidates, choose_splits, decode_tiles
 
 __all__ = ["decode_attention", "kernel_specs"]
 
@@ -299,60 +300,59 @@ def decode_attention(
     rows, groups = layout.group * layout.seqlen_q, kv_heads * layout.batch
     visible = capacity if window_left < 0 else min(capacity, window_left + layout.seqlen_q)
 
-    def run(tiles: Tiles) -> None:
+    shared: dict[str, Any] = {
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "sinks_ptr": None if sinks is None else sinks.float().contiguous(),
+        "heads": layout.heads,
+        "seqlen_q": layout.seqlen_q,
+        "capacity": capacity,
+        "window_left": None if window_left < 0 else min(window_left, 2**30),
+        "HEAD_DIM": layout.head_dim,
+        "BLOCK_D": layout.block_d,
+    }
+    arguments = {
+        **shared,
+        **layout.strides(q=q, k=k_cache, v=v_cache, o=out),
+        "q_ptr": q,
+        "k_ptr": k_cache,
+        "v_ptr": v_cache,
+        "table_ptr": block_table,
+        "stride_tb": 0 if block_table is None else block_table.stride(0),
+        "stride_ts": 0 if block_table is None else block_table.stride(1),
+        "slopes_ptr": None if alibi_slopes is None else alibi_slopes.float().contiguous(),
+        "pages": pages,
+        "sm_scale": scale,
+        "softcap": softcap or None,
+        "GROUP": layout.group,
+        "PAGE_SIZE": page_size if block_table is not None else 0,
+        "PRECISION": dot_precision(layout.dtype),
+    }
+
+    # A search takes full caches: those of the first call hold next to nothing.
+    full = torch.full_like(cache_lengths, capacity) if is_on() else cache_lengths
+
+    def run(tiles: Tiles, lengths: Tensor = full) -> None:
         programs = triton.cdiv(rows, tiles.block_m) * groups
         splits = choose_splits(programs, visible, tiles.block_n, layout.family)
-        partial_lse = lse.new_empty(*lse.shape, splits) if splits > 1 else lse
-        partial = lse.new_empty(*partial_lse.shape, layout.head_dim) if splits > 1 else lse
-
-        shared: dict[str, Any] = {
-            "out_ptr": out,
-            "lse_ptr": lse,
-            "partial_ptr": partial,
-            "partial_lse_ptr": partial_lse,
-            "lengths_ptr": cache_lengths.contiguous(),
-            "sinks_ptr": None if sinks is None else sinks.float().contiguous(),
-            "heads": layout.heads,
-            "seqlen_q": layout.seqlen_q,
-            "capacity": capacity,
+        parts = (*lse.shape, splits)
+        split = {
+            "partial_ptr": lse.new_empty(*parts, layout.head_dim) if splits > 1 else lse,
+            "partial_lse_ptr": lse.new_empty(parts) if splits > 1 else lse,
+            "lengths_ptr": lengths.contiguous(),
             "splits": splits,
-            "window_left": None if window_left < 0 else min(window_left, 2**30),
-            "HEAD_DIM": layout.head_dim,
-            "BLOCK_D": layout.block_d,
             "BLOCK_N": tiles.block_n,
         }
-        arguments = {
-            **shared,
-            **layout.strides(q=q, k=k_cache, v=v_cache, o=out),
-            "q_ptr": q,
-            "k_ptr": k_cache,
-            "v_ptr": v_cache,
-            "table_ptr": block_table,
-            "stride_tb": 0 if block_table is None else block_table.stride(0),
-            "stride_ts": 0 if block_table is None else block_table.stride(1),
-            "slopes_ptr": None if alibi_slopes is None else alibi_slopes.float().contiguous(),
-            "pages": pages,
-            "sm_scale": scale,
-            "softcap": softcap or None,
-            "GROUP": layout.group,
-            "PAGE_SIZE": page_size if block_table is not None else 0,
-            "PRECISION": dot_precision(layout.dtype),
-            "BLOCK_M": tiles.block_m,
-        }
-        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-        launch(decode_attention_kernel, (programs * splits,), arguments, **options)
+        given = arguments | split | {"BLOCK_M": tiles.block_m}
+        launch(decode_attention_kernel, (programs * splits,), given, **tiles.options)
         if splits > 1:
-            merge = merge_tiles()
-            launch(
-                decode_merge_kernel,
-                (lse.numel(),),
-                {**shared, **layout.strides(o=out), "STEP": merge.block_n},
-                num_warps=merge.warps,
-                num_stages=merge.stages,
-            )
+            given = shared | split | layout.strides(o=out) | {"STEP": MERGE.block_n}
+            launch(decode_merge_kernel, (lse.numel(),), given, **MERGE.options)
 
-    kind = (layout.family, layout.block_d, layout.dtype, rows, block_table is not None)
-    run(tuned_tiles(*kind, groups, visible, run, q.device))
+    tiles = decode_tiles(layout.family, layout.block_d, layout.dtype, rows, block_table is not None)
+    sizes = (groups, visible, rows)
+    tiles = tuned(decode_attention_kernel, arguments, sizes, tiles, lambda: candidates(tiles), run)
+    run(tiles, cache_lengths)
     return out, lse
 
 

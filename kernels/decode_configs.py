@@ -5,13 +5,10 @@ block_n x (stages - 1), at two programs for each multiprocessor while rows are f
 what does that within the shared memory and without spills; none of it was timed on a GPU.
 """
 
-from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
 import torch
-
-from .autotune import size_class, tuned
 
 #: Programs that keep a GPU of the family busy: two for each multiprocessor of its largest member.
 PROGRAMS = {"sm_80": 216, "sm_86": 284, "sm_90": 264, "sm_100": 296, "gfx942": 608}
@@ -26,6 +23,15 @@ class Tiles(NamedTuple):
     block_n: int
     warps: int
     stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return what the compiler is told."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+#: A merge: one row, and the partial results that it takes in a step.
+MERGE = Tiles(1, 16, 4, 2)
 
 
 #: 16-bit inputs by head dim: the most rows, which take 8 warps past 32.
@@ -82,28 +88,10 @@ def decode_tiles(family: str, block_d: int, dtype: torch.dtype, rows: int, paged
     return Tiles(block_m, tiles.block_n, 8 if block_m > 32 else tiles.warps, stages)
 
 
-def tuned_tiles(
-    family: str,
-    block_d: int,
-    dtype: torch.dtype,
-    rows: int,
-    paged: bool,
-    groups: int,
-    keys: int,
-    run: Callable[[Tiles], None],
-    device: torch.device,
-) -> Tiles:
-    """Return the config of a call, `decode_tiles` but for a search, in which `run` is tried."""
-    tiles = decode_tiles(family, block_d, dtype, rows, paged)
-    tried = product((tiles.block_m,), (16, 32, 64, 128), (4, 8), (2, 3, 4, 5, 6, 8))
-    request = (dtype, block_d, rows, paged, size_class(groups), size_class(keys))
-    candidates = [Tiles(*each) for each in tried]
-    return tuned("decode_attention", request, tiles, lambda: candidates, run, device)
-
-
-def merge_tiles() -> Tiles:
-    """Return the config of a merge: one row, and the partial results that it takes in a step."""
-    return Tiles(1, 16, 4, 2)
+def candidates(tiles: Tiles) -> list[Tiles]:
+    """Return what a search tries besides the table's `tiles`: with the same rows."""
+    grid = product((tiles.block_m,), (16, 32, 64, 128), (4, 8), (2, 3, 4, 5, 6, 8))
+    return [Tiles(*each) for each in grid]
 
 
 def choose_splits(programs: int, keys: int, block_n: int, family: str) -> int:

@@ -246,14 +246,13 @@ def resident_forward(
         "ACTIVATION": activation,
         **dropout,
     }
+    kernel = feed_forward_resident_kernel
     run_resident(
-        "feed_forward_resident",
+        kernel,
         _CONFIGS.of_forward(x, out),
-        x,
-        (hidden, out, activation, dropout["seed_ptr"] is not None),
-        lambda config: launch_resident(
-            feed_forward_resident_kernel, config, x, hidden, out, arguments
-        ),
+        arguments,
+        (x.shape[0], hidden, x.shape[1], out),
+        lambda config: launch_resident(kernel, config, x, hidden, out, arguments),
     )
     return y
 
@@ -268,12 +267,11 @@ def resident_backward(
     dropout: dict[str, object],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return the gradients of x, w1, b1 and w2; arguments as in `resident_forward`."""
-    drops = dropout["seed_ptr"] is not None
     return run_resident(
-        "feed_forward_resident_gradient",
-        _CONFIGS.of_backward(x, w2.shape[0], drops),
-        x,
-        (*w2.shape, activation, drops),
+        feed_forward_resident_gradient_kernel,
+        _CONFIGS.of_backward(x, w2.shape[0], dropout["seed_ptr"] is not None),
+        {"x_ptr": x, "b1_ptr": b1, "ACTIVATION": activation, **dropout},
+        (x.shape[0], w1.shape[0], x.shape[1], w2.shape[0]),
         lambda config: _gradients(config, dy, x, w1, b1, w2, activation, dropout),
     )
 

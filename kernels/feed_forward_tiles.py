@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .autotune import size_class, tuned, variants
+from .autotune import tuned, variants
 from .common import device_family, launch
 
 Result = TypeVar("Result")
@@ -56,20 +56,22 @@ class ResidentConfigs(NamedTuple):
 
 
 def run_resident(
-    kernel: str,
+    kernel: triton.JITFunction,
     config: Config,
-    x: Tensor,
-    request: tuple[Any, ...],
+    arguments: dict[str, Any],
+    sizes: tuple[int, ...],
     run: Callable[[Config], Result],
 ) -> Result:
     """Return what `run` makes of the config of a resident kernel: `config` but for a search.
 
-    `request` says what else than the tokens `x` (T, width) a call is about.
+    `arguments` and `sizes` say what the call is, as for `tuned`.
     """
-    blocks = [(*block, 4, 2) for block in product((32, 64, 128), (32, 64))]
-    request = (x.dtype, x.shape[1], *request, size_class(x.shape[0]))
-    candidates = variants(blocks, warps=2, stages=3)
-    return run(tuned(kernel, request, config, lambda: candidates, run, x.device))
+
+    def candidates() -> list[Config]:
+        blocks = [(*block, 4, 2) for block in product((32, 64, 128), (32, 64))]
+        return variants([config, *blocks], warps=2, stages=3)
+
+    return run(tuned(kernel, arguments, sizes, config, candidates, run))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -211,14 +211,13 @@ def resident_forward(
         "ACTIVATION": activation,
         **dropout,
     }
+    kernel = gated_feed_forward_resident_kernel
     run_resident(
-        "gated_feed_forward_resident",
+        kernel,
         _CONFIGS.of_forward(x, out),
-        x,
-        (hidden, out, activation, dropout["seed_ptr"] is not None),
-        lambda config: launch_resident(
-            gated_feed_forward_resident_kernel, config, x, hidden, out, arguments
-        ),
+        arguments,
+        (x.shape[0], hidden, x.shape[1], out),
+        lambda config: launch_resident(kernel, config, x, hidden, out, arguments),
     )
     return y
 
@@ -233,12 +232,11 @@ def resident_backward(
     dropout: dict[str, object],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, w_gate, w_up and w_down; arguments as in `resident_forward`."""
-    drops = dropout["seed_ptr"] is not None
     return run_resident(
-        "gated_feed_forward_resident_gradient",
-        _CONFIGS.of_backward(x, w_down.shape[0], drops),
-        x,
-        (*w_down.shape, activation, drops),
+        gated_feed_forward_resident_gradient_kernel,
+        _CONFIGS.of_backward(x, w_down.shape[0], dropout["seed_ptr"] is not None),
+        {"x_ptr": x, "ACTIVATION": activation, **dropout},
+        (x.shape[0], w_gate.shape[0], x.shape[1], w_down.shape[0]),
         lambda config: _gradients(config, dy, x, w_gate, w_up, w_down, activation, dropout),
     )
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .autotune import size_class, tuned, variants
+from .autotune import tuned, variants
 from .common import KernelSpec, device_family, dropout_keep, launch, recorded_launches
 
 # ------------------------------------------------------------------------------------------------
@@ -157,14 +157,13 @@ def linear_activation(
             num_stages=num_stages,
         )
 
-    request = (x.dtype, *w.shape, activation, dropout["seed_ptr"] is not None, saves_pre)
     config = tuned(
-        "linear_activation",
-        (*request, size_class(x.shape[0])),
+        linear_activation_kernel,
+        arguments,
+        (x.shape[0], *w.shape),
         configs[device_family(x.device)],
         lambda: variants([*_LEAN_CONFIGS.values(), *_CONFIGS.values()], warps=3, stages=4),
         run,
-        x.device,
     )
     run(config)
     return act, pre

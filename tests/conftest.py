@@ -1,6 +1,7 @@
 """Fixtures that more than one test file needs."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 # What test files share lies in its own folder: the repository root stays off the path, where
 # `kernels` would shadow somebody else's package.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+
+# A search of configs would write what it finds into the user's cache.
+os.environ.pop("FUSEFORMER_AUTOTUNE", None)
 
 
 def _offer_bench() -> None:

@@ -230,17 +230,24 @@ def test_the_check_fails_where_it_must(change, problem):
         assert problem in found[0]
 
 
-def test_a_known_spill_is_no_problem_and_one_that_is_gone_is(monkeypatch):
-    monkeypatch.setitem(KNOWN_SPILLS, "a bf16", {"sm_80"})
-    spilled = {("a bf16", 80): ROW | {"faults": ["8 bytes of registers spilled per thread"]}}
-    assert not scores.problems(spilled, None)
-    assert "KNOWN: 8 bytes" in scores.table(
-        {key: row | {"tensor_instructions": 1} for key, row in spilled.items()}
-    )
+def test_a_known_spill_is_no_problem_but_a_larger_one_is(monkeypatch):
+    monkeypatch.setitem(KNOWN_SPILLS, "a bf16", {"sm_80": 8})
+
+    def spills(count, capability=80, more=()):
+        spill = f"{count} bytes of registers spilled per thread"
+        row = ROW | {"spilled": count, "faults": [spill, *more], "tensor_instructions": 1}
+        return {("a bf16", capability): row}
+
+    assert not scores.problems(spills(8), None)
+    assert "KNOWN: 8 bytes" in scores.table(spills(8))
+    for rows in (spills(16), spills(8, 90)):
+        [problem] = scores.problems(rows, None)
+        assert "bytes of registers spilled per thread" in problem
+        assert "FAULT: " in scores.table(rows)
+    [problem] = scores.problems(spills(8, more=["200 bytes of shared memory"]), None)
+    assert problem == "a bf16 on sm_80: 200 bytes of shared memory"
     [problem] = scores.problems({("a bf16", 80): ROW}, None)
     assert problem == "a bf16 on sm_80: spills nothing, but is listed in bench/known_spills.py"
-    [problem] = scores.problems({("a bf16", 90): spilled["a bf16", 80]}, None)
-    assert problem == "a bf16 on sm_90: 8 bytes of registers spilled per thread"
 
 
 def test_launches_that_one_side_lacks_are_named():
