@@ -238,6 +238,10 @@ _QUERY_EXCEPTIONS: dict[str, _Table] = {
     },
 }
 _BIAS_EXCEPTIONS: dict[str, _Table] = {
+    "sm_80": {
+        16: {"logits": Tiles(64, 64, 64, 8, 2), "everything": Tiles(64, 32, 32, 8, 2)},
+        32: {"logits": Tiles(64, 64, 64, 8, 2), "everything": Tiles(64, 32, 32, 8, 2)},
+    },
     "sm_86": {
         16: {"logits": Tiles(32, 64, 64, 8, 2)},
         32: {"logits": Tiles(32, 64, 64, 8, 2)},
@@ -288,6 +292,7 @@ _FORWARD_SINGLE_EXCEPTIONS: dict[str, _Table] = {
     "gfx942": {dim: {"lean": Tiles(32, 32, 32, 4, 1)} for dim in (64, 128, 256)},
 }
 _KEY_SINGLE_EXCEPTIONS: dict[str, _Table] = {
+    "sm_80": {256: {"lean": Tiles(16, 32, 16, 8, 2)}},
     "sm_86": {
         16: {"lean": Tiles(32, 32, 32, 4, 1), "logits": Tiles(16, 32, 16, 4, 1)},
         128: {"lean": Tiles(16, 32, 16, 16, 2), "logits": Tiles(16, 32, 16, 16, 3)},
