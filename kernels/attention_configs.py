@@ -197,7 +197,11 @@ _KEY_EXCEPTIONS: dict[str, _Table] = {
             "dropout": Tiles(32, 128, 32, 8, 2),
             "logits": Tiles(32, 64, 32, 8, 2),
         },
-        64: {"lean": Tiles(64, 128, 32, 8, 2), "general": Tiles(32, 64, 32, 8, 2)},
+        64: {
+            "lean": Tiles(64, 128, 32, 8, 2),
+            "general": Tiles(32, 64, 32, 8, 2),
+            "everything": Tiles(32, 32, 32, 4, 2),
+        },
         128: {"lean": Tiles(32, 64, 16, 4, 2), "general": Tiles(32, 64, 32, 8, 1)},
         256: {
             "lean": Tiles(32, 64, 32, 8, 1),
@@ -298,6 +302,7 @@ _KEY_SINGLE_EXCEPTIONS: dict[str, _Table] = {
         128: {"lean": Tiles(16, 32, 16, 16, 2), "logits": Tiles(16, 32, 16, 16, 3)},
         256: {"lean": Tiles(16, 32, 16, 8, 2), "logits": Tiles(16, 32, 16, 16, 1)},
     },
+    "sm_100": {128: {"lean": Tiles(16, 32, 16, 16, 2), "logits": Tiles(16, 32, 16, 16, 3)}},
     "gfx942": {
         64: {"lean": Tiles(32, 32, 32, 4, 1)},
         128: {"lean": Tiles(32, 32, 32, 4, 1)},
