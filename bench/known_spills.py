@@ -37,5 +37,5 @@ def known_spill(name: str, capability: int) -> int:
 
 def new_faults(row: dict[str, Any], known: int) -> list[str]:
     """Return the faults of a row but for a spill of at most `known` bytes."""
-    allowed = row.get("spilled", 0) <= known
+    allowed = 0 < row.get("spilled", 0) <= known
     return [f for f in row.get("faults", []) if not (allowed and "spilled" in f)]
