@@ -2,7 +2,7 @@
 
 All but one compute dk and dv with every option at once, at head dims 128 and 256. On sm_86 and its
 like, what spills little there does not fit the shared memory. Any other spill, a larger one, and
-one that is gone fail the tests and `python -m bench scores`.
+one that is gone fail `python -m bench scores`, and the tests where they compile the launch.
 """
 
 from typing import Any

@@ -155,10 +155,11 @@ class Layout:
     def arguments(self, lse: Tensor, options: Options) -> dict[str, Any]:
         """Return the kernel arguments that do not depend on tiles and on which tensors are read."""
         threshold = round(options.dropout_p * 65536)
+        lengths = options.key_lengths
         right = 0 if options.causal != "none" else options.window_right
         return {
             **self.scoring_arguments(options),
-            "key_lengths": options.key_lengths,
+            "key_lengths": None if lengths is None else lengths.to(torch.int32),
             "cu_seqlens_q": self.cu_seqlens_q,
             "cu_seqlens_k": self.cu_seqlens_k,
             "seed_ptr": options.seed if threshold else None,

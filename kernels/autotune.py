@@ -1,12 +1,13 @@
 """``FUSEFORMER_AUTOTUNE=1``: search configs on the device at hand, and keep the winners.
 
-Without it every kernel takes its config from a table, and the same call gives the same bits on
-every machine of a family. With it the first call of a kind tries what the tables hold for such
-kernels, and the same with 4 and 8 warps and 1 to 4 stages, and writes the fastest to a file, which
-later runs read: ``tiles.json`` in ``$FUSEFORMER_CACHE``, else in ``fuseformer`` below
+Without it kernels with products take their configs from tables, the same on every machine of a
+family. With it the first call of a kind tries what the tables hold for such kernels, and the same
+with 4 and 8 warps and 1 to 4 stages, and writes the fastest to a file, which later runs read:
+``tiles.json`` in ``$FUSEFORMER_CACHE``, else in ``fuseformer`` below
 ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-A kind is what the compiler specialises a kernel on, and each size up to the next power of two.
+A kind is which arguments there are, their types, the constants that make the kernel, and each size
+up to the next power of two.
 Winners go by device, by Triton's version and by the kernel's text: a kernel that has changed is
 searched again. Processes that search at the same time may each keep another winner, and their
 results may then differ in the last bits.

@@ -250,8 +250,8 @@ def resident_forward(
     run_resident(
         kernel,
         _CONFIGS.of_forward(x, out),
-        arguments,
-        (x.shape[0], hidden, x.shape[1], out),
+        {**arguments, "WIDTH": x.shape[1], "HIDDEN": hidden, "OUT": out},
+        (x.shape[0],),
         lambda config: launch_resident(kernel, config, x, hidden, out, arguments),
     )
     return y
@@ -270,8 +270,16 @@ def resident_backward(
     return run_resident(
         feed_forward_resident_gradient_kernel,
         _CONFIGS.of_backward(x, w2.shape[0], dropout["seed_ptr"] is not None),
-        {"x_ptr": x, "b1_ptr": b1, "ACTIVATION": activation, **dropout},
-        (x.shape[0], w1.shape[0], x.shape[1], w2.shape[0]),
+        {
+            "x_ptr": x,
+            "b1_ptr": b1,
+            "WIDTH": x.shape[1],
+            "HIDDEN": w1.shape[0],
+            "OUT": w2.shape[0],
+            "ACTIVATION": activation,
+            **dropout,
+        },
+        (x.shape[0],),
         lambda config: _gradients(config, dy, x, w1, b1, w2, activation, dropout),
     )
 

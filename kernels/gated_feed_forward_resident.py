@@ -215,8 +215,8 @@ def resident_forward(
     run_resident(
         kernel,
         _CONFIGS.of_forward(x, out),
-        arguments,
-        (x.shape[0], hidden, x.shape[1], out),
+        {**arguments, "WIDTH": x.shape[1], "HIDDEN": hidden, "OUT": out},
+        (x.shape[0],),
         lambda config: launch_resident(kernel, config, x, hidden, out, arguments),
     )
     return y
@@ -235,8 +235,15 @@ def resident_backward(
     return run_resident(
         gated_feed_forward_resident_gradient_kernel,
         _CONFIGS.of_backward(x, w_down.shape[0], dropout["seed_ptr"] is not None),
-        {"x_ptr": x, "ACTIVATION": activation, **dropout},
-        (x.shape[0], w_gate.shape[0], x.shape[1], w_down.shape[0]),
+        {
+            "x_ptr": x,
+            "WIDTH": x.shape[1],
+            "HIDDEN": w_gate.shape[0],
+            "OUT": w_down.shape[0],
+            "ACTIVATION": activation,
+            **dropout,
+        },
+        (x.shape[0],),
         lambda config: _gradients(config, dy, x, w_gate, w_up, w_down, activation, dropout),
     )
 

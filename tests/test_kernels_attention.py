@@ -131,10 +131,11 @@ def test_a_length_past_the_keys_is_their_number():
     torch.manual_seed(0)
     q = torch.randn(1, 1, 16, 16, dtype=FP16)
     options = (None, "none", *NO_OPTIONS, 1.0, 0.0)
-    lengths = torch.tensor([99], dtype=torch.int32)
-    out, _ = kernels.attention_forward(q, q, q, None, None, lengths, None, None, *options)
     plain, _ = kernels.attention_forward(q, q, q, *NO_MASKS, *options)
-    assert torch.equal(out, plain)
+    for dtype in (torch.int32, torch.int64):
+        lengths = torch.tensor([99], dtype=dtype)
+        out, _ = kernels.attention_forward(q, q, q, None, None, lengths, None, None, *options)
+        assert torch.equal(out, plain)
 
 
 def test_tf32_follows_the_setting_of_pytorch():

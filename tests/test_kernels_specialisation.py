@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fuseformer.kernels import attention, feed_forward, gated_feed_forward
+from fuseformer.kernels import attention, feed_forward, gated_feed_forward, norm
 from fuseformer.kernels.common import recorded_launches
 
 BF16 = torch.bfloat16
@@ -40,11 +40,12 @@ def packed(batch, queries, keys, dim):
 
 
 def blocks(tokens, width):
-    """Run the feed-forward blocks of a width, the norm and the loss on so many tokens."""
+    """Run the feed-forward blocks of a width, and the norm, on so many tokens."""
     x, w1, w2 = meta(tokens, width), meta(4 * width, width), meta(width, 4 * width)
     seed = meta(dtype=torch.int64)
     y, pre = feed_forward.feed_forward_forward(x, w1, None, w2, None, seed, "gelu", 0.1)
     feed_forward.feed_forward_backward(y, x, w1, None, w2, pre, seed, "gelu", 0.1, False)
+    norm.add_norm_forward(x, x, meta(width), None, seed, False, True, 1e-5, 0.1)
     y, *saved = gated_feed_forward.gated_feed_forward_forward(x, w1, w1, w2, None, "silu", 0.0)
     gated_feed_forward.gated_feed_forward_backward(y, x, w1, w1, w2, *saved, None, "silu", 0.0)
 
