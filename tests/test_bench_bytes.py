@@ -16,6 +16,8 @@ ATTENTION = (
     "attention 257x511x72 bottom right, grouped",
     "attention 128x512x64 key lengths 512, 77",
     "attention 256x256x64 bias",
+    "attention 512x512x64 causal",
+    "attention 512x512x64 window 100",
 )
 
 
