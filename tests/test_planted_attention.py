@@ -64,6 +64,18 @@ BUGS = {
         "delta -= 0.0 * tl.load(",
         dense(SMALL),
     ),
+    "dq reads the delta of other rows": (
+        "attention_gradients.py",
+        "delta = tl.load(delta_ptr + rows_base + rows,",
+        "delta = tl.load(delta_ptr + rows_base + rows - pid % 2 * BLOCK_M,",
+        dense(Case((1, 1), (257, 64), 64, FP16)),
+    ),
+    "dk keeps the delta of the first block of rows": (
+        "attention_gradients.py",
+        "delta = tl.load(delta_base + rows)  # (BLOCK_M,)",
+        "delta = tl.load(delta_base + rows - row + begin)  # (BLOCK_M,)",
+        dense(Case((1, 1), (257, 64), 64, FP16)),
+    ),
     "query heads read the wrong key head": (
         "attention.py",
         "kv_head = head // GROUP",
