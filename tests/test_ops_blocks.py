@@ -260,7 +260,7 @@ def test_opcheck(name):
     torch.library.opcheck(op, (*OPCHECKS[name](), "cpu"))
 
 
-def test_compiles_without_graph_breaks():
+def test_compiles_without_graph_breaks_and_once_for_all_lengths():
     def block(x, residual, w1, w2, weight, target):
         y = ff.feed_forward(x, w1, None, w2, None)
         y = ff.add_layer_norm(y, residual, weight, None)
@@ -269,17 +269,21 @@ def test_compiles_without_graph_breaks():
         return ff.linear_cross_entropy(y + residual, w1, target)
 
     torch._dynamo.reset()
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=counter, dynamic=True)
+    compiled_frames = []
     for rows in (6, 10, 15):
         tensors = [leaf(rows, 8), leaf(rows, 8), leaf(12, 8), leaf(8, 12), leaf(8)]
         target = torch.randint(0, 12, (rows,))
         expected = block(*tensors, target)
         loss = compiled(*tensors, target)
+        compiled_frames.append(counter.frame_count)
         assert_close_to_reference(loss, expected, expected)
         for a, b in zip(
             torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, tensors), strict=True
         ):
             assert_close_to_reference(a, b, b)
+    assert len(set(compiled_frames)) == 1
 
 
 def test_autocast_runs_in_its_dtype():
