@@ -37,7 +37,7 @@ _POINTER_TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }
 
 _recorder: "_Recorder | None" = None

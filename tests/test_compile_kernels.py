@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from fuseformer.kernels import common
+from triton.runtime.jit import mangle_type
 
 from bench import binaries
 from bench.known_spills import KNOWN_SPILLS, known_spill, new_faults
@@ -94,6 +97,11 @@ def test_no_kernel_leaves_an_order_of_sums_to_chance():
     assert len(files) > 20
     for file in files:
         assert "tl.atomic" not in file.read_text(), file.name
+
+
+@pytest.mark.parametrize("dtype", common._POINTER_TYPES, ids=str)
+def test_pointers_are_called_what_a_launch_calls_them(dtype):
+    assert common._POINTER_TYPES[dtype] == mangle_type(torch.empty(0, dtype=dtype))
 
 
 def small_product(capability: int = 80) -> Launch:
