@@ -248,6 +248,7 @@ def varlen_attention_forward(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor | None,
@@ -261,6 +262,7 @@ def varlen_attention_forward(
     """Return the output of packed sequences, like `q` (Tq, H, D), and lse (H, Tq) in float32.
 
     `k` and `v` are (Tk, Hkv, D); sequence n owns rows ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``.
+    `bias` broadcasts to (N, H, max_seqlen_q, max_seqlen_k), its places counted in each sequence.
     Rows that no sequence owns get 0 and -inf: a captured graph may carry a padded tail.
     """
     layout = Layout.packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -272,7 +274,7 @@ def varlen_attention_forward(
     q, scale = positive_scale(q, scale)
     options = Options(
         seed, causal, window_left, window_right, softcap, scale, dropout_p,
-        alibi_slopes=alibi_slopes, sinks=sinks,
+        bias, alibi_slopes=alibi_slopes, sinks=sinks,
     )  # fmt: skip
     _launch_forward(layout, q, k, v, out, lse, options)
     return laid_out_like(out, given, used), lse
@@ -297,6 +299,7 @@ def kernel_specs(family: str) -> Iterator[KernelSpec]:
     cases += [(bf16, dim, "top_left", 0.1, "lengths") for dim in (16, 32, 64, 128, 256)]
     cases += [(fp16, dim, "bottom_right", 0.1, "packed") for dim in (40, 80)]
     cases += [(bf16, dim, "none", 0.0, "bias") for dim in (16, 32, 64, 128, 256)]
+    cases += [(bf16, dim, "none", 0.0, "packed bias") for dim in (64, 128)]
     cases += [(bf16, dim, "top_left", 0.0, "window") for dim in (32, 64, 128, 256)]
     cases += [(bf16, dim, "top_left", 0.0, "everything") for dim in (16, 32, 64, 128, 256)]
     cases += [(bf16, dim, "top_left", 0.1, "everything") for dim in (16, 32, 64, 128, 256)]
@@ -320,11 +323,12 @@ def _representative_call(
     seed = meta(dtype=torch.int64) if dropout_p else None
     window = 256 if everything or kind == "window" else -1
     options = (seed, causal, window, -1, 30.0 if everything else 0.0, 0.125, dropout_p)
-    if kind == "packed":
+    if kind.startswith("packed"):
         q, k, boundaries = meta(4096, 4, dim), meta(4096, 2, dim), meta(5, dtype=torch.int32)
-        sequences = (boundaries, boundaries, 2048, 2048, None, None)
-        out, lse = varlen_attention_forward(q, k, k, *sequences, *options)
-        varlen_attention_backward(out, lse, q, k, k, out, lse, *sequences, *options)
+        bias = meta(1, 4, 2048, 2048) if kind == "packed bias" else None
+        given = (boundaries, boundaries, 2048, 2048, bias, None, None, *options)
+        out, lse = varlen_attention_forward(q, k, k, *given)
+        varlen_attention_backward(out, lse, q, k, k, out, lse, *given, bias is not None)
         return
     q, k = meta(2, 4, 2048, dim), meta(2, 2 if everything else 4, 2048, dim)
     mask = meta(2, 2048, dtype=torch.bool) if kind == "mask" else None

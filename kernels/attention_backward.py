@@ -119,14 +119,21 @@ def _launch_delta(
     return lse_log2, delta
 
 
-def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _sink_gradient(
+    sinks: Tensor, lse: Tensor, dlse: Tensor | None, delta: Tensor, total: Tensor
+) -> Tensor:
     """Return the gradient of `sinks` (H,): a sink is a key whose value is 0.
 
-    `lse` and `delta` are (B, H, Sq) or (H, Tq). Rows that no sequence owns have an lse of -inf, and
-    a delta that nobody wrote.
+    `lse`, `dlse`, `delta` and `total`, the sums of dS over the keys, are (B, H, Sq) or (H, Tq).
+    Delta is as wrong as the output was rounded, and one query has no others to cancel that. What it
+    stands for, rowsum(P * dP), is ``total + delta * rowsum(P)`` whatever delta was used. Rows that
+    no sequence owns have an lse of -inf, and a delta and a total that nobody wrote.
     """
     weights = torch.exp(sinks.float()[:, None] - lse)  # of the sinks, by row
-    rows = torch.where(lse.isfinite(), weights * delta, 0.0).sum(-1)
+    exact = total + delta * (1 - weights)
+    if dlse is not None:
+        exact -= dlse
+    rows = torch.where(lse.isfinite(), weights * exact, 0.0).sum(-1)
     return (-rows.sum(0) if rows.dim() == 2 else -rows).to(sinks.dtype)
 
 
@@ -171,9 +178,11 @@ def _launch_backward(
     layout.launch_pass(
         "key_gradient", attention_key_gradient_kernel, options, key_arguments, keys=True
     )
+    total = None if options.sinks is None else torch.empty_like(lse)
     query_arguments = {
         **inputs,
         "dq_ptr": dq,
+        "total_ptr": total,
         **layout.strides(q=signed_q, k=k, v=v, do=dout, dq=dq),
     }
     layout.launch_pass("query_gradient", attention_query_gradient_kernel, options, query_arguments)
@@ -181,7 +190,9 @@ def _launch_backward(
     if bias_grad and options.bias is not None:
         inputs |= layout.strides(q=signed_q, k=k, v=v, do=dout)
         dbias = bias_gradient(layout, options, options.bias, inputs)
-    dsinks = None if options.sinks is None else _sink_gradient(options.sinks, lse, delta)
+    dsinks = None
+    if options.sinks is not None and total is not None:
+        dsinks = _sink_gradient(options.sinks, lse, dlse, delta, total)
     if signed_q is not q:
         dq.neg_()
     dq, dk, dv = map(laid_out_like, (dq, dk, dv), given, (q, k, v))
@@ -233,6 +244,7 @@ def varlen_attention_backward(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor | None,
@@ -242,15 +254,15 @@ def varlen_attention_backward(
     softcap: float,
     scale: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return dq, dk and dv of packed sequences like `q`, `k` and `v`, and dsinks.
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return dq, dk and dv of packed sequences like `q`, `k` and `v`, dbias and dsinks.
 
     As `attention_backward`; rows that no sequence owns get 0.
     """
     layout = Layout.packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = Options(
         seed, causal, window_left, window_right, softcap, scale, dropout_p,
-        alibi_slopes=alibi_slopes, sinks=sinks,
+        bias, alibi_slopes=alibi_slopes, sinks=sinks,
     )  # fmt: skip
-    dq, dk, dv, _, dsinks = _launch_backward(layout, dout, dlse, q, k, v, out, lse, options)
-    return dq, dk, dv, dsinks
+    return _launch_backward(layout, dout, dlse, q, k, v, out, lse, options, bias_grad)

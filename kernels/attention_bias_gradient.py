@@ -89,50 +89,61 @@ def attention_bias_gradient_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
-    # A tile that hides all its keys adds nothing.
-    start, _start_k, _rows, _keys, _end, diagonal = sequence_bounds(
-        0, None, None, None, seqlen_q, seqlen_k, BOTTOM_RIGHT
-    )
-    if window_right is not None:
-        last_row = tl.minimum(row + BLOCK_M, seqlen_q) - 1
-        shared = tl.where(first_key > last_row + diagonal + window_right, 0, shared)
-    if window_left is not None:
-        last_key = first_key + BLOCK_N - 1
-        shared = tl.where(last_key < row + diagonal - window_left, 0, shared)
+    # A tile that hides all its keys adds nothing. Diagonals of packed sequences may differ.
+    if cu_seqlens_q is None or not BOTTOM_RIGHT:
+        _start_q, _start_k, _rows, _keys, _end, diagonal = sequence_bounds(
+            0, None, None, None, seqlen_q, seqlen_k, BOTTOM_RIGHT
+        )
+        if window_right is not None:
+            last_row = tl.minimum(row + BLOCK_M, seqlen_q) - 1
+            shared = tl.where(first_key > last_row + diagonal + window_right, 0, shared)
+        if window_left is not None:
+            last_key = first_key + BLOCK_N - 1
+            shared = tl.where(last_key < row + diagonal - window_left, 0, shared)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for index in range(part, shared, parts):
         batch = bias_batch + index // shared_heads
         head = bias_head + index % shared_heads
-        key_end = seqlen_k
-        if key_lengths is not None:
-            key_end = tl.maximum(tl.minimum(tl.load(key_lengths + batch), seqlen_k), 0)
+        start_q, start_k, rows_end, keys_end, key_end, diagonal = sequence_bounds(
+            batch, cu_seqlens_q, cu_seqlens_k, key_lengths, seqlen_q, seqlen_k, BOTTOM_RIGHT
+        )
         scoring = scoring_of(
             batch, head, sm_scale, softcap,
             bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
             slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
-            seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right, BIAS_ALIGN,
+            rows_end, keys_end, key_end, diagonal, window_left, window_right, BIAS_ALIGN,
         )  # fmt: skip
         kv_head = head // GROUP
-        q_base = head_base(q_ptr, batch, head, start, stride_qb, stride_qh, stride_qs, ALIGN)
-        k_base = head_base(k_ptr, batch, kv_head, start, stride_kb, stride_kh, stride_ks, ALIGN)
-        v_base = head_base(v_ptr, batch, kv_head, start, stride_vb, stride_vh, stride_vs, ALIGN)
+        q_base = head_base(q_ptr, batch, head, start_q, stride_qb, stride_qh, stride_qs, ALIGN)
+        k_base = head_base(k_ptr, batch, kv_head, start_k, stride_kb, stride_kh, stride_ks, ALIGN)
+        v_base = head_base(v_ptr, batch, kv_head, start_k, stride_vb, stride_vh, stride_vs, ALIGN)
         dout_base = head_base(
-            dout_ptr, batch, head, start, stride_dob, stride_doh, stride_dos, ALIGN
+            dout_ptr, batch, head, start_q, stride_dob, stride_doh, stride_dos, ALIGN
         )
-        q = load_tile(q_base, q_offsets, row, stride_qs, seqlen_q, HEAD_DIM, True)
-        dout = load_tile(dout_base, dout_offsets, row, stride_dos, seqlen_q, HEAD_DIM, True)
+        q = load_tile(q_base, q_offsets, row, stride_qs, rows_end, HEAD_DIM, True)
+        dout = load_tile(dout_base, dout_offsets, row, stride_dos, rows_end, HEAD_DIM, True)
         k = load_tile(k_base, k_offsets, first_key, stride_ks, key_end, HEAD_DIM, True)
         v = load_tile(v_base, v_offsets, first_key, stride_vs, key_end, HEAD_DIM, True)
-        places = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + rows
-        real = rows < seqlen_q  # (BLOCK_M,)
+        places = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + start_q + rows
+        real = rows < rows_end  # (BLOCK_M,)
         lse = tl.load(lse_log2_ptr + places, mask=real, other=float("inf"))  # (BLOCK_M,)
         delta = tl.load(delta_ptr + places, mask=real, other=0.0)  # (BLOCK_M,)
-        dlogits, _derivative = logit_gradients(
-            q, dout, lse, delta, row, k, v, first_key, scoring,
-            seed, batch, head, threshold, dropout_scale,
-            True, False, seed_ptr is not None, PRECISION,
-        )  # fmt: skip
-        dbias += dlogits
+        # Of a short sequence most tiles have nothing; where all are as long, a branch only costs.
+        if cu_seqlens_q is None and key_lengths is None:
+            dlogits, _derivative = logit_gradients(
+                q, dout, lse, delta, row, k, v, first_key, scoring,
+                seed, batch, head, threshold, dropout_scale,
+                True, False, seed_ptr is not None, PRECISION,
+            )  # fmt: skip
+            dbias += dlogits
+        else:
+            if row < rows_end and first_key < key_end:
+                dlogits, _derivative = logit_gradients(
+                    q, dout, lse, delta, row, k, v, first_key, scoring,
+                    seed, batch, head, threshold, dropout_scale,
+                    True, False, seed_ptr is not None, PRECISION,
+                )  # fmt: skip
+                dbias += dlogits
 
     base = dbias_ptr + part.to(tl.int64) * stride_dp
     base += bias_batch.to(tl.int64) * stride_db + bias_head.to(tl.int64) * stride_dh
@@ -163,6 +174,8 @@ def attention_bias_gradient_kernel(
 
 def bias_gradient(layout: Layout, options: Options, bias: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Return the gradient of `bias` (up to 4 dimensions, broadcast to (B, H, Sq, Sk)), like it.
+
+    For packed sequences B counts them, and Sq and Sk are the longest lengths.
 
     `inputs` are the arguments of the other backward kernels, with the strides of q, k, v and dout.
     """

@@ -123,7 +123,12 @@ _FORWARD_EXCEPTIONS: dict[str, _Table] = {
     "sm_100": {
         16: {"lean": Tiles(128, 128, 64, 8, 3), "dropout": Tiles(128, 64, 64, 8, 3)},
         32: {"lean": Tiles(128, 128, 64, 8, 2), "dropout": Tiles(128, 64, 32, 8, 2)},
-        64: {"lean": Tiles(128, 128, 64, 8, 2), "general": Tiles(128, 64, 32, 8, 2)},
+        64: {
+            "lean": Tiles(128, 128, 64, 8, 2),
+            "general": Tiles(128, 64, 32, 8, 2),
+            "logits": Tiles(128, 64, 64, 8, 2),
+            "everything": Tiles(128, 64, 32, 8, 2),
+        },
         128: {"lean": Tiles(128, 64, 32, 8, 2), "dropout": Tiles(128, 32, 32, 8, 2)},
     },
     "gfx942": {
@@ -228,7 +233,10 @@ _QUERY_EXCEPTIONS: dict[str, _Table] = {
         },
     },
     "sm_90": {256: {"lean": Tiles(32, 32, 32, 8, 1)}},
-    "sm_100": {256: {"lean": Tiles(64, 32, 32, 8, 1), "dropout": Tiles(64, 32, 32, 8, 2)}},
+    "sm_100": {
+        32: {"lean": Tiles(128, 64, 64, 8, 2), "everything": Tiles(128, 64, 32, 8, 2)},
+        256: {"lean": Tiles(64, 32, 32, 8, 1), "dropout": Tiles(64, 32, 32, 8, 2)},
+    },
     "gfx942": {
         16: {"lean": Tiles(128, 32, 32, 4, 2)},
         32: {"lean": Tiles(128, 32, 32, 4, 2)},
@@ -245,6 +253,7 @@ _BIAS_EXCEPTIONS: dict[str, _Table] = {
     "sm_80": {
         16: {"logits": Tiles(64, 64, 64, 8, 2), "everything": Tiles(64, 32, 32, 8, 2)},
         32: {"logits": Tiles(64, 64, 64, 8, 2), "everything": Tiles(64, 32, 32, 8, 2)},
+        128: {"logits": Tiles(32, 32, 32, 8, 2), "everything": Tiles(64, 32, 32, 8, 2)},
     },
     "sm_86": {
         16: {"logits": Tiles(32, 64, 64, 8, 2)},
@@ -279,7 +288,7 @@ _QUERY_SINGLE: _Table = {
     16: {"lean": Tiles(32, 32, 32, 4, 1)},
     32: {"lean": Tiles(32, 32, 32, 8, 1)},
     64: {"lean": Tiles(32, 32, 32, 8, 1)},
-    128: {"lean": Tiles(32, 32, 32, 4, 1)},
+    128: {"lean": Tiles(32, 32, 32, 4, 1), "logits": Tiles(32, 32, 32, 16, 1)},
     256: {"lean": Tiles(16, 32, 32, 16, 1)},
 }
 _BIAS_SINGLE: _Table = {
@@ -312,19 +321,18 @@ _KEY_SINGLE_EXCEPTIONS: dict[str, _Table] = {
 _QUERY_SINGLE_EXCEPTIONS: dict[str, _Table] = {
     "sm_86": {
         64: {"lean": Tiles(32, 32, 32, 8, 1), "logits": Tiles(32, 32, 32, 8, 2)},
-        128: {"lean": Tiles(32, 32, 32, 8, 1)},
+        128: {"lean": Tiles(32, 32, 32, 8, 1), "logits": Tiles(32, 32, 32, 16, 1)},
         256: {"lean": Tiles(16, 32, 32, 8, 1), "logits": Tiles(16, 32, 32, 16, 1)},
     },
     "sm_90": {128: {"lean": Tiles(32, 32, 32, 4, 1), "logits": Tiles(32, 32, 32, 8, 1)}},
-    "sm_100": {128: {"lean": Tiles(32, 32, 32, 8, 1)}},
+    "sm_100": {128: {"lean": Tiles(32, 32, 32, 8, 1), "logits": Tiles(32, 32, 32, 16, 1)}},
     "gfx942": {
         32: {"lean": Tiles(32, 32, 32, 4, 1)},
         64: {"lean": Tiles(32, 32, 32, 4, 1)},
+        128: {"lean": Tiles(32, 32, 32, 4, 1)},
         256: {"lean": Tiles(16, 32, 32, 4, 1)},
     },
 }
-
-
 _BIAS_SINGLE_EXCEPTIONS: dict[str, _Table] = {
     "gfx942": {
         16: {"logits": Tiles(32, 32, 32, 4, 1)},

@@ -118,13 +118,16 @@ def logit_gradients(
 
 @triton.jit
 def _add_query_gradient(
-    dq, q, dout, lse, delta, row,
+    dq, total, q, dout, lse, delta, row,
     k_base, stride_ks, v_base, stride_vs, scoring, begin, head_end, tail, end,
     seed, batch, head, threshold, dropout_scale,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what key blocks give to dq of a query block; which ones, as in the forward pass."""
+    """Add what key blocks give to dq of a query block; which ones, as in the forward pass.
+
+    `total`, where there is one, adds up dS by row.
+    """
     k_offsets = tile_offsets(stride_ks, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
     v_offsets = tile_offsets(stride_vs, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
     HAS_HEAD: tl.constexpr = scoring.window_left is not None
@@ -137,9 +140,11 @@ def _add_query_gradient(
             q, dout, lse, delta, row, k, v, start, scoring,
             seed, batch, head, threshold, dropout_scale, MASKED, not MASKED, DROPOUT, PRECISION,
         )  # fmt: skip
+        if total is not None:
+            total += tl.sum(dlogits, 1)  # (BLOCK_M,)
         dlogits = (dlogits * derivative).to(k.dtype)  # (BLOCK_M, BLOCK_N)
         dq = tl.dot(dlogits, k, dq, input_precision=PRECISION)
-    return dq
+    return dq, total
 
 
 # ------------------------------------------------------------------------------------------------
@@ -247,7 +252,7 @@ def attention_query_gradient_kernel(
     v_ptr, stride_vb, stride_vh, stride_vs,
     dout_ptr, stride_dob, stride_doh, stride_dos,
     dq_ptr, stride_dqb, stride_dqh, stride_dqs,
-    lse_log2_ptr, delta_ptr, stride_lb, stride_lh,
+    total_ptr, lse_log2_ptr, delta_ptr, stride_lb, stride_lh,
     bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
     padding_ptr, stride_pad_b, stride_pad_s, slopes_ptr,
     key_lengths, cu_seqlens_q, cu_seqlens_k, seed_ptr,
@@ -257,7 +262,10 @@ def attention_query_gradient_kernel(
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     BIAS_ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of one query block of one head; grid and key blocks as in the forward pass."""
+    """Compute dq of one query block of one head; grid and key blocks as in the forward pass.
+
+    `total_ptr`, which the gradient of sinks needs, gets the sums of dS over the keys, like the lse.
+    """
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
     batch = pid // (blocks * heads)
@@ -299,9 +307,12 @@ def attention_query_gradient_kernel(
         seed = tl.load(seed_ptr)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = None
+    if total_ptr is not None:
+        total = tl.zeros((BLOCK_M,), tl.float32)
     for MASKED in tl.static_range(0 if padding_ptr is None else 1, 2):
-        dq = _add_query_gradient(
-            dq, q, dout, lse, delta, row,
+        dq, total = _add_query_gradient(
+            dq, total, q, dout, lse, delta, row,
             k_base, stride_ks, v_base, stride_vs, scoring,
             begin if MASKED else full, head_end, full_end, end if MASKED else full_end,
             seed, batch, head, threshold, dropout_scale,
@@ -309,3 +320,5 @@ def attention_query_gradient_kernel(
         )  # fmt: skip
     dq_base = head_base(dq_ptr, batch, head, start_q, stride_dqb, stride_dqh, stride_dqs, ALIGN)
     store_tile(dq_base, dq * sm_scale, row, stride_dqs, seqlen_q, HEAD_DIM)
+    if total_ptr is not None:
+        tl.store(total_ptr + rows_base + rows, total, mask=rows < seqlen_q)

@@ -119,10 +119,10 @@ def test_empty_tensors(batch, sq, sk):
 
 def test_empty_packed_tensors():
     q, cu = torch.ones(0, 2, 16, dtype=BF16), torch.zeros(3, dtype=torch.int32)
-    packing = (cu, cu, 0, 0, None, None)
+    packing = (cu, cu, 0, 0, None, None, None)
     options = (None, "none", *NO_OPTIONS, 1.0, 0.0)
     out, lse = kernels.varlen_attention_forward(q, q, q, *packing, *options)
-    grads = kernels.varlen_attention_backward(q, None, q, q, q, out, lse, *packing, *options)
+    grads = kernels.varlen_attention_backward(q, None, q, q, q, out, lse, *packing, *options, False)
     assert lse.shape == (2, 0)
     assert [grad.shape for grad in (out, *grads[:3])] == [q.shape] * 4
 

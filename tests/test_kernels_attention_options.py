@@ -89,11 +89,32 @@ def test_any_two_options_together_match_the_oracle(case):
         ("bottom_right", {"window": (20, -1), "sinks": True}),
         ("none", {"softcap": 10.0, "alibi": True}),
         ("bottom_right", {"alibi": True, "window": (5, 5), "sinks": True, "softcap": 7.0}),
+        ("none", {"bias": "hqk"}),
+        ("top_left", {"bias": "bhqk", "window": (20, -1)}),
+        ("bottom_right", {"bias": "qk", "window": (9, 30), "sinks": True}),
+        ("none", {"bias": "bk", "softcap": 7.0}),
+        ("bottom_right", {"bias": "hq", "alibi": True}),
     ],
 )
-def test_options_of_packed_sequences_match_the_oracle(causal, options):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_options_of_packed_sequences_match_the_oracle(causal, options, dropout_p):
     sequences = ((63, 63), (0, 5), (17, 0), (70, 33))
-    check_packed(kernels, sequences, 16, FP32, causal, 0.0, 9, **options)
+    check_packed(kernels, sequences, 16, FP32, causal, dropout_p, 9, **options)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(40, FP16), (64, BF16), (128, BF16)])
+def test_a_bias_of_packed_sequences_in_half_precision(head_dim, dtype):
+    sequences = ((200, 130), (5, 1), (64, 257))
+    check_packed(kernels, sequences, head_dim, dtype, "none", 0.0, 3, bias="hqk")
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (40, 9)])
+def test_sinks_of_one_query_are_as_exact_as_plain_maths(window):
+    """No other row cancels the rounding of its output, which delta is made of."""
+    case = Case(
+        (2, 1), (1, 257), 80, BF16, "none", 0.2, (50, 0), batch=2, window=window, sinks=True
+    )
+    check_dense(kernels, case)
 
 
 def test_a_bias_may_forbid_keys_and_rows():

@@ -33,10 +33,10 @@ def dense(batch, queries, keys, dim, everything):
 def packed(batch, queries, keys, dim):
     q, k = meta(batch * queries, 6, dim), meta(batch * keys, 2, dim)
     boundaries = meta(batch + 1, dtype=torch.int32)
-    sequences = (boundaries, boundaries, queries, keys, None, None)
+    sequences = (boundaries, boundaries, queries, keys, None, None, None)
     options = (None, "bottom_right", -1, -1, 0.0, 0.125, 0.0)
     out, lse = attention.varlen_attention_forward(q, k, k, *sequences, *options)
-    attention.varlen_attention_backward(out, lse, q, k, k, out, lse, *sequences, *options)
+    attention.varlen_attention_backward(out, lse, q, k, k, out, lse, *sequences, *options, False)
 
 
 def blocks(tokens, width):

@@ -103,32 +103,33 @@ def test_single_queries_and_keys(sq, sk, causal):
 
 @pytest.mark.parametrize("causal", [False, True, "bottom_right"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_varlen_cpu_against_the_oracle(causal, dropout_p):
+@pytest.mark.parametrize("bias", [None, (4, 6, 35, 31), (35, 1), (4, 1, 1, 31), (6, 1, 31)])
+def test_varlen_cpu_against_the_oracle(causal, dropout_p, bias):
     torch.manual_seed(1)
     cu_q = torch.tensor([0, 5, 5, 40, 41], dtype=torch.int32)
     cu_k = torch.tensor([0, 7, 9, 40, 60], dtype=torch.int32)
     results = []
     tensors = [torch.randn(41, 6, 24), torch.randn(60, 2, 24), torch.randn(60, 2, 24)]
+    tensors += [] if bias is None else [torch.randn(bias)]
     dout = torch.randn(41, 6, 24)
     runs = (("cpu", torch.float32), ("reference", torch.float64), ("reference", torch.float32))
     for backend, dtype in runs:
-        q, k, v = (t.to(dtype, copy=True).requires_grad_() for t in tensors)
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in tensors]
         out, lse = ff.varlen_attention(
-            q,
-            k,
-            v,
+            *leaves[:3],
             cu_q,
             cu_k,
             35,
             31,
             causal=causal,
+            bias=None if bias is None else leaves[3],
             dropout_p=dropout_p,
             seed=3,
             return_lse=True,
             backend=backend,
         )
         ((out * dout).sum() + torch.where(lse.isfinite(), lse, 0).sum()).backward()
-        results.append((out, lse, q.grad, k.grad, v.grad))
+        results.append((out, lse, *(leaf.grad for leaf in leaves)))
     for a, e, low in zip(*results, strict=True):
         assert_close_to_reference(a, e, low, factor=3)
 
@@ -227,12 +228,16 @@ def test_opcheck(options):
     torch.library.opcheck(torch.ops.fuseformer.attention.default, arguments(**options))
 
 
-def test_opcheck_varlen():
+@pytest.mark.parametrize(
+    "extras", [(None, None, None), (torch.zeros(2, 1, 5), None, torch.ones(2))]
+)
+def test_opcheck_varlen(extras):
+    extras = [x if x is None else x.clone().requires_grad_() for x in extras]
     q, k, v = (torch.randn(9, 2, 8, requires_grad=True) for _ in range(3))
     cu = torch.tensor([0, 4, 9], dtype=torch.int32)
     torch.library.opcheck(
         torch.ops.fuseformer.varlen_attention.default,
-        (q, k, v, cu, cu, 5, 5, None, None, None, "top_left", -1, -1, 0.0, 0.3, 0.0, "cpu"),
+        (q, k, v, cu, cu, 5, 5, *extras, None, "top_left", -1, -1, 0.0, 0.3, 0.0, "cpu"),
     )
 
 
@@ -339,6 +344,17 @@ def test_varlen_offsets_are_checked():
             ff.varlen_attention(x, x, x, offsets, offsets, 6, 6)
     with pytest.raises(TypeError, match=r"cu_seqlens_k: got dtype torch\.int64"):
         ff.varlen_attention(x, x, x, good, good.long(), 6, 6)
+    with pytest.raises(ValueError, match="max_seqlen_k: got 5, expected at least the longest seq"):
+        ff.varlen_attention(x, x, x, good, good, 6, 5)
+
+
+def test_the_bias_of_packed_sequences_is_checked():
+    x = torch.zeros(6, 2, 8)
+    cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"bias: got shape \(3, 4, 4\).* \(2, 2, 4, 4\)"):
+        ff.varlen_attention(x, x, x, cu, cu, 4, 4, bias=torch.zeros(3, 4, 4))
+    with pytest.raises(TypeError, match="bias: got list"):
+        ff.varlen_attention(x, x, x, cu, cu, 4, 4, bias=[0.0])
 
 
 def test_attention_weights_are_those_of_the_call():

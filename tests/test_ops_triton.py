@@ -63,6 +63,24 @@ CALLS = {
         ),
         lambda: [torch.randn(40, 4, 24), *(torch.randn(40, 2, 24) for _ in range(2))],
     ),
+    "varlen_attention with a bias": (
+        lambda q, k, v, bias, backend: ff.varlen_attention(
+            q,
+            k,
+            v,
+            *[torch.tensor([0, 9, 9, 40], dtype=torch.int32)] * 2,
+            31,
+            31,
+            bias=bias,
+            softcap=8.0,
+            backend=backend,
+        ),
+        lambda: [
+            torch.randn(40, 4, 24),
+            *(torch.randn(40, 2, 24) for _ in range(2)),
+            torch.randn(4, 31, 31),
+        ],
+    ),
     "feed_forward": (
         lambda x, w1, b1, w2, b2, backend: ff.feed_forward(
             x, w1, b1, w2, b2, activation="gelu", dropout_p=0.2, seed=3, backend=backend
@@ -151,6 +169,10 @@ opcheck(ops.attention.default, (q, k, v, none, none, none, none, none, torch.ten
         "top_left", -1, -1, 0.0, 0.25, 0.1, "triton"))
 opcheck(ops.attention.default, (q, k, v, leaf(2, 17, 20), none, none, torch.ones(2), leaf(2),
         torch.tensor(3), "top_left", 9, -1, 5.0, 0.25, 0.1, "triton"))
+packed, ends = leaf(17, 2, 16), torch.tensor([0, 5, 17], dtype=torch.int32)
+for extras in ((none, none, none), (leaf(2, 12, 12), torch.ones(2), leaf(2))):
+    opcheck(ops.varlen_attention.default, (packed, packed, packed, ends, ends, 12, 12, *extras,
+            torch.tensor(3), "top_left", 9, -1, 5.0, 0.25, 0.1, "triton"))
 opcheck(ops.feed_forward.default, (leaf(17, 16), leaf(32, 16), leaf(32), leaf(16, 32), leaf(16),
         none, "gelu", 0.0, {saves_pre}, "triton"))
 opcheck(ops.gated_feed_forward.default, (leaf(17, 16), leaf(32, 16), leaf(32, 16), leaf(16, 32),
@@ -186,6 +208,22 @@ torch.testing.assert_close(attend(q, k, v), expected)
 gradients = torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
 for a, b in zip(gradients, torch.autograd.grad(expected.sum(), (q, k, v))):
     torch.testing.assert_close(a, b)
+
+def attend_packed(q, k, v, bias, ends, longest, backend):
+    return ff.varlen_attention(
+        q, k, v, ends, ends, longest, longest, causal=True, bias=bias, backend=backend
+    )
+
+compiled = torch.compile(attend_packed, fullgraph=True, backend="aot_eager", dynamic=True)
+for longest, other in ((12, 7), (20, 9)):
+    rows = longest + other
+    leaves = leaf(rows, 2, 16), leaf(rows, 1, 16), leaf(rows, 1, 16), leaf(2, longest, longest)
+    ends = torch.tensor([0, other, rows], dtype=torch.int32)
+    runs = (compiled, "triton"), (attend_packed, "reference")
+    results = [run(*leaves, ends, longest, backend) for run, backend in runs]
+    torch.testing.assert_close(*results)
+    for a, b in zip(*(torch.autograd.grad(y.sum(), leaves) for y in results)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 def block(x, weight, q, k, angle, backend):
     y, residual = ff.add_rms_norm(x, x + 1, weight, eps=1e-5, backend=backend)

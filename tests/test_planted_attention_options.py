@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_checks import Case, check_dense
+from attention_checks import Case, check_dense, check_packed
 from planted import planted_kernels
 from ttsem.sanitize import KernelFault
 
@@ -122,11 +122,51 @@ BUGS = {
     ),
     "the gradient of a sink has no delta": (
         "attention_backward.py",
-        "weights * delta",
-        "weights",
+        "total + delta * (1 - weights)",
+        "total",
+        SINKS,
+    ),
+    "the gradient of a sink forgets that of the lse": (
+        "attention_backward.py",
+        "exact -= dlse",
+        "exact -= 0",
+        SINKS,
+    ),
+    "masked blocks are missing in the sums of the gradient of a sink": (
+        "attention_gradients.py",
+        "total += tl.sum(dlogits, 1)",
+        "total += tl.sum(dlogits, 1) * (not MASKED)",
         SINKS,
     ),
 }
+# The same for packed sequences with a bias.
+PACKED_BUGS = {
+    "the bias gradient reads the lse of the first sequence": (
+        "stride_lh + start_q + rows",
+        "stride_lh + rows",
+    ),
+    "the bias gradient counts the rows of the next sequence": (
+        "real = rows < rows_end",
+        "real = rows < seqlen_q",
+    ),
+    "the bias gradient reads the keys of the first sequence": (
+        "head_base(k_ptr, batch, kv_head, start_k,",
+        "head_base(k_ptr, batch, kv_head, start_k * 0,",
+    ),
+    "the bias gradient skips a tile that a short sequence ends in": (
+        "row < rows_end and first_key < key_end",
+        "row + BLOCK_M <= rows_end and first_key < key_end",
+    ),
+    "the bias gradient skips by the diagonal of no sequence": (
+        "cu_seqlens_q is None or not BOTTOM_RIGHT",
+        "True",
+    ),
+}
+PACKED = ((40, 33), (9, 70), (70, 20))
+
+
+def check_packed_bias(kernels):
+    check_packed(kernels, PACKED, 16, FP32, "bottom_right", 0.0, window=(10, -1), bias="hqk")
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -139,9 +179,20 @@ def test_a_planted_bug_is_caught(name, tmp_path):
         check_dense(kernels, case)
 
 
+@pytest.mark.parametrize("name", PACKED_BUGS)
+def test_a_bug_planted_for_packed_sequences_is_caught(name, tmp_path):
+    file = "attention_bias_gradient.py"
+    with (
+        planted_kernels(tmp_path, "attention", file, *PACKED_BUGS[name]) as kernels,
+        pytest.raises((AssertionError, KernelFault)),
+    ):
+        check_packed_bias(kernels)
+
+
 def test_the_copy_without_a_bug_passes(tmp_path):
     """Else the tests above would pass for any reason at all."""
     text = "kv_head = head // GROUP"
     with planted_kernels(tmp_path, "attention", "attention.py", text, text) as kernels:
         for case in (WINDOW, BIAS, BIAS_IN_WINDOW, SOFTCAP, ALIBI, SINKS):
             check_dense(kernels, case)
+        check_packed_bias(kernels)

@@ -181,6 +181,7 @@ def check_packed(
     *,
     window: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    bias: str = "",
     alibi: bool = False,
     sinks: bool = False,
 ) -> None:
@@ -201,11 +202,16 @@ def check_packed(
     longest = (max(n for n, _ in sequences), max(n for _, n in sequences))
     slopes = 2.0 ** -torch.arange(1.0, 7) if alibi else None
     sink = draw(6) if sinks else None
-    packing = (queries, keys, *longest, slopes, sink)
+    table = None
+    if bias:
+        sizes = {"b": len(sequences), "h": 6, "q": longest[0], "k": longest[1]}.items()
+        table = draw(*(n if name in bias else 1 for name, n in sizes))
+    packing = (queries, keys, *longest, table, slopes, sink)
     options = (seed, causal, *window, softcap, head_dim**-0.5, dropout_p)
     out, lse = kernels.varlen_attention_forward(q, k, v, *packing, *options)
-    grads = kernels.varlen_attention_backward(dout, dlse, q, k, v, out, lse, *packing, *options)
-    dq, dk, dv, dsinks = grads
+    dq, dk, dv, dbias, dsinks = kernels.varlen_attention_backward(
+        dout, dlse, q, k, v, out, lse, *packing, *options, table is not None
+    )
     if unowned:
         for name, rows in (("out", out), ("dq", dq), ("dk", dk), ("dv", dv)):
             assert not rows[-unowned:].any(), f"{name} of rows that no sequence owns must be 0"
@@ -222,6 +228,7 @@ def check_packed(
             queries,
             keys,
             causal=causal,
+            bias=bias,
             window=window,
             softcap=softcap,
             alibi_slopes=slopes,
@@ -230,8 +237,8 @@ def check_packed(
             seed=seed,
         )
 
-    results = (out, lse[:, :real_q], dq, dk, dv, None, dsinks)
-    compare(results, oracle, (q, k, v, None, sink), dout, dlse[:, :real_q])
+    results = (out, lse[:, :real_q], dq, dk, dv, dbias, dsinks)
+    compare(results, oracle, (q, k, v, table, sink), dout, dlse[:, :real_q])
 
 
 def check_dropout_mask(kernels: ModuleType, dropout_p: float) -> None:

@@ -165,7 +165,7 @@ def _backward_part(
     return dq, dk, dv, None, None
 
 
-def _options(
+def options_of(
     bias: Tensor | None,
     key_padding_mask: Tensor | None,
     key_lengths: Tensor | None,
@@ -253,6 +253,13 @@ def backward(
     return dq, dk, dv, dbias, dsinks
 
 
+def shaped_like(gradient: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Return the four-dimensional gradient of a bias in the bias's shape and dtype, if any."""
+    if gradient is None or bias is None:
+        return None
+    return gradient.view(bias.shape).to(bias.dtype)
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -271,7 +278,7 @@ def attention_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, Sq, D) and lse (B, H, Sq) of dense attention."""
-    options = _options(
+    options = options_of(
         bias,
         key_padding_mask,
         key_lengths,
@@ -311,7 +318,7 @@ def attention_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v, and of the bias and the sinks where there are any."""
-    options = _options(
+    options = options_of(
         bias,
         key_padding_mask,
         key_lengths,
@@ -326,4 +333,4 @@ def attention_backward(
         dropout_p,
     )
     dq, dk, dv, dbias, dsinks = backward(dout, dlse, q, k, v, out, lse, options, bias_grad)
-    return dq, dk, dv, None if dbias is None or bias is None else dbias.view(bias.shape), dsinks
+    return dq, dk, dv, shaped_like(dbias, bias), dsinks

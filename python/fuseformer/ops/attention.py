@@ -228,15 +228,18 @@ def check_masks(q: Tensor, k: Tensor, key_padding_mask: Any, key_lengths: Any, b
         checks.integers("key_lengths", key_lengths, (torch.int32, torch.int64), q)
         checks.shape("key_lengths", key_lengths, (batch,), "(batch,)")
     if bias is not None:
-        checks.tensor("bias", bias)
-        checks.device("bias", bias, q)
-        full = (batch, heads, sq, sk)
-        sizes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
-        if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(sizes, full, strict=True)):
-            raise ValueError(
-                f"bias: got shape {tuple(bias.shape)}, expected one that broadcasts to "
-                f"(batch, heads, queries, keys) = {full}"
-            )
+        check_bias(q, bias, (batch, heads, sq, sk), "(batch, heads, queries, keys)")
+
+
+def check_bias(q: Tensor, bias: Any, full: tuple[int, ...], names: str) -> None:
+    """Require a bias beside `q` that broadcasts to the shape `full`, whose sizes are `names`."""
+    checks.tensor("bias", bias)
+    checks.device("bias", bias, q)
+    sizes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
+    if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(sizes, full, strict=True)):
+        raise ValueError(
+            f"bias: got shape {tuple(bias.shape)}, expected one that broadcasts to {names} = {full}"
+        )
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, heads_dim: int) -> None:

@@ -9,7 +9,14 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
-from .attention import check_extras, check_heads, default_scale, lse_dtype, used_options
+from .attention import (
+    check_bias,
+    check_extras,
+    check_heads,
+    default_scale,
+    lse_dtype,
+    used_options,
+)
 from .registration import (
     absent,
     autocast_dtype,
@@ -36,6 +43,7 @@ def _varlen_attention(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor | None,
@@ -48,6 +56,7 @@ def _varlen_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     options = used_options(
+        bias=bias,
         window=(window_left, window_right),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
@@ -62,6 +71,7 @@ def _varlen_attention(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
+        bias,
         alibi_slopes,
         sinks,
         seed,
@@ -92,6 +102,7 @@ def _varlen_attention_backward(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor | None,
@@ -101,9 +112,10 @@ def _varlen_attention_backward(
     softcap: float,
     scale: float,
     dropout_p: float,
+    bias_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dsinks = _kernels(backend).varlen_attention_backward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dbias, dsinks = _kernels(backend).varlen_attention_backward(
         dout,
         dlse,
         q,
@@ -115,6 +127,7 @@ def _varlen_attention_backward(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
+        bias,
         alibi_slopes,
         sinks,
         seed,
@@ -124,33 +137,35 @@ def _varlen_attention_backward(
         softcap,
         scale,
         dropout_p,
+        bias_grad,
     )
-    return dq, dk, dv, present(dsinks, q)
+    return dq, dk, dv, present(dbias, q), present(dsinks, q)
 
 
 @_varlen_attention_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v = arguments[2:5]
-    sinks = arguments[12]
+    bias, _, sinks = arguments[11:14]
+    dbias = torch.empty_like(bias) if bias is not None and arguments[-2] else q.new_empty(0)
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_q, cu_k, max_q, max_k, alibi_slopes, sinks, seed, *options, backend = inputs
-    ctx.save_for_backward(q, k, v, cu_q, cu_k, alibi_slopes, sinks, seed, *output)
+    q, k, v, cu_q, cu_k, max_q, max_k, bias, alibi_slopes, sinks, seed, *options, backend = inputs
+    ctx.save_for_backward(q, k, v, cu_q, cu_k, bias, alibi_slopes, sinks, seed, *output)
     ctx.lengths, ctx.options, ctx.backend = (max_q, max_k), options, backend
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, cu_q, cu_k, alibi_slopes, sinks, seed, out, lse = ctx.saved_tensors
+    q, k, v, cu_q, cu_k, bias, alibi_slopes, sinks, seed, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 17
+        return (None,) * 18
     if torch.is_grad_enabled():
 
         def formula(*inputs: Any) -> tuple[Tensor, Tensor]:
-            q, k, v, slopes, sinks = inputs
+            q, k, v, bias, slopes, sinks = inputs
             causal, left, right, softcap, scale, dropout_p = ctx.options
             return reference.varlen_attention(
                 q,
@@ -159,6 +174,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
                 cu_q,
                 cu_k,
                 causal=causal,
+                bias=bias,
                 window=(left, right),
                 softcap=softcap,
                 alibi_slopes=slopes,
@@ -168,12 +184,12 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
                 seed=seed,
             )
 
-        inputs = (q, k, v, alibi_slopes, sinks)
-        dq, dk, dv, _, dsinks = second_derivatives(formula, inputs, (dout, dlse))
-        return (dq, dk, dv, None, None, None, None, None, dsinks, *(None,) * 8)
+        inputs = (q, k, v, bias, alibi_slopes, sinks)
+        dq, dk, dv, dbias, _, dsinks = second_derivatives(formula, inputs, (dout, dlse))
+        return (dq, dk, dv, *(None,) * 4, dbias, None, dsinks, *(None,) * 8)
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv, dsinks = _varlen_attention_backward(
+    dq, dk, dv, dbias, dsinks = _varlen_attention_backward(
         dout,
         dlse,
         q,
@@ -184,13 +200,15 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
         cu_q,
         cu_k,
         *ctx.lengths,
+        bias,
         alibi_slopes,
         sinks,
         seed,
         *ctx.options,
+        ctx.needs_input_grad[7],
         ctx.backend,
     )
-    return (dq, dk, dv, None, None, None, None, None, absent(dsinks), *(None,) * 8)
+    return (dq, dk, dv, *(None,) * 4, absent(dbias), None, absent(dsinks), *(None,) * 8)
 
 
 _varlen_attention.register_autograd(_backward, setup_context=_save)
@@ -207,6 +225,7 @@ def varlen_attention(
     max_seqlen_k: int,
     *,
     causal: bool | str = False,
+    bias: Tensor | None = None,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -221,11 +240,13 @@ def varlen_attention(
 
     Shapes: `q` (Tq, H, D), `k` and `v` (Tk, Hkv, D). Sequence n owns the rows ``cu_seqlens[n]`` to
     ``cu_seqlens[n + 1]``; both offset tensors are int32 (N + 1,), and `max_seqlen_q`,
-    `max_seqlen_k` bound the sequences' lengths. The other arguments are those of `attention`.
+    `max_seqlen_k` bound the sequences' lengths. `bias` broadcasts to (N, H, max_seqlen_q,
+    max_seqlen_k), its places counted within each sequence; it has a gradient. The other arguments
+    are those of `attention`.
 
     Returns the output (Tq, H, D), and with `return_lse` also the log-sum-exp (H, Tq) in float32.
     Raises `ValueError` or `TypeError` that names the argument; on the CPU also where the offsets
-    fall or do not end at the number of tokens.
+    fall or do not end at the number of tokens, or a sequence is longer than its bound.
     """
     checks.tensor("q", q, 3)
     checks.tensor("k", k, 3, like=q)
@@ -243,6 +264,9 @@ def varlen_attention(
             f"cu_seqlens_k: got {cu_seqlens_k.shape[0]} offsets, expected "
             f"{cu_seqlens_q.shape[0]} as in cu_seqlens_q"
         )
+    if bias is not None:
+        full = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
+        check_bias(q, bias, full, "(sequences, heads, max_seqlen_q, max_seqlen_k)")
     alignment, sides = checks.causal(causal), checks.window(window)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
     p = checks.probability("dropout_p", dropout_p)
@@ -252,7 +276,9 @@ def varlen_attention(
         "varlen_attention",
         q,
         k,
-        options=used_options(window=sides, softcap=cap, alibi_slopes=alibi_slopes, sinks=sinks),
+        options=used_options(
+            bias=bias, window=sides, softcap=cap, alibi_slopes=alibi_slopes, sinks=sinks
+        ),
         head_dim=q.shape[-1],
         requested=requested_backend(backend),
         dtype=dtype,
@@ -268,6 +294,7 @@ def varlen_attention(
             cu_seqlens_q,
             cu_seqlens_k,
             causal=alignment,
+            bias=bias,
             window=sides,
             softcap=cap,
             alibi_slopes=alibi_slopes,
@@ -285,6 +312,7 @@ def varlen_attention(
             cu_seqlens_k,
             max_seqlen_q,
             max_seqlen_k,
+            bias,
             alibi_slopes,
             sinks,
             seed_tensor,

@@ -163,6 +163,17 @@ def attention(
     return weights.to(q.dtype) @ v, lse
 
 
+def bias_of_sequence(bias: Tensor, n: int, rows: slice, columns: slice) -> Tensor:
+    """Return the part (1, H, Sq, Sk) of a packed call's bias that belongs to sequence `n`.
+
+    `rows` and `columns` are the sequence's places in the packed tensors. Dimensions of size 1 stay.
+    """
+    bias = bias[(None,) * (4 - bias.ndim)]
+    bias = bias[n : n + 1] if bias.shape[0] > 1 else bias
+    bias = bias[:, :, : rows.stop - rows.start] if bias.shape[2] > 1 else bias
+    return bias[..., : columns.stop - columns.start] if bias.shape[3] > 1 else bias
+
+
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -171,6 +182,7 @@ def varlen_attention(
     cu_seqlens_k: Tensor,
     *,
     causal: str = "none",
+    bias: Tensor | None = None,
     window: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
@@ -182,7 +194,7 @@ def varlen_attention(
     """Return the output (Tq, H, D) of attention within each packed sequence and its lse (H, Tq).
 
     `q` is (Tq, H, D), `k` and `v` (Tk, Hkv, D); sequence n owns the rows ``cu_seqlens[n]`` to
-    ``cu_seqlens[n + 1]`` of each.
+    ``cu_seqlens[n + 1]`` of each. `bias` broadcasts to (N, H, longest queries, longest keys).
     """
     outs, lses = [q.new_zeros(0, *q.shape[1:])], [widened(q.new_zeros(q.shape[1], 0))]
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -194,6 +206,7 @@ def varlen_attention(
             k[columns].transpose(0, 1)[None],
             v[columns].transpose(0, 1)[None],
             causal=causal,
+            bias=None if bias is None else bias_of_sequence(bias, n, rows, columns),
             window=window,
             softcap=softcap,
             alibi_slopes=alibi_slopes,
