@@ -40,12 +40,16 @@ def triton_on_cpu() -> Iterator[None]:
     Triton is patched for the whole process while the session is open, and `choose_backend` takes
     the "triton" backend for CPU tensors where it is asked for by name. The session also leaves a
     `torch.cuda` behind that claims a GPU, which `torch.compile` believes: it is put back here.
+
+    Its executor has LLVM print modules in the generic form, and believes that this lasts. Compiling
+    for gfx942 links with lld, which resets LLVM's options: they are set anew for every test file.
     """
     import torch
-    from ttsem import sanitize
+    from ttsem import mlir, sanitize
 
     from fuseformer import backends
 
+    mlir._generic_printing_enabled[0] = False
     served, cuda = set(backends.TRITON_DEVICES), dict(vars(torch.cuda))
     with sanitize.session(80, "<pytest>", cuda_is_cpu=False, races="raise"):
         backends.TRITON_DEVICES.add("cpu")
