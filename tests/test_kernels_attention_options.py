@@ -102,6 +102,28 @@ def test_options_of_packed_sequences_match_the_oracle(causal, options, dropout_p
     check_packed(kernels, sequences, 16, FP32, causal, dropout_p, 9, **options)
 
 
+# Queries and keys of each sequence, and head dim.
+PACKED_SHAPES = (
+    (((63, 63), (0, 5), (17, 0), (70, 33)), 40),
+    (((1, 113), (111, 63)), 80),
+)
+PACKED_OPTIONS = {
+    name: OPTIONS[name] for name in ("causal", "window", "softcap", "alibi", "sinks", "dropout_p")
+} | {"bias": ("", "hqk", "bk")}
+PACKED_MATRIX = cases(
+    {"dtype": (BF16, FP16, FP32), "shape": PACKED_SHAPES, **PACKED_OPTIONS},
+    options=tuple(PACKED_OPTIONS),
+)
+
+
+@pytest.mark.parametrize("case", PACKED_MATRIX, ids=case_name)
+def test_any_two_options_of_packed_sequences_match_the_oracle(case):
+    sequences, head_dim = case["shape"]
+    options = {name: case[name] for name in PACKED_OPTIONS if name not in ("causal", "dropout_p")}
+    given = (sequences, head_dim, case["dtype"], case["causal"], case["dropout_p"], 3)
+    check_packed(kernels, *given, **options)
+
+
 @pytest.mark.parametrize(("head_dim", "dtype"), [(40, FP16), (64, BF16), (128, BF16)])
 def test_a_bias_of_packed_sequences_in_half_precision(head_dim, dtype):
     sequences = ((200, 130), (5, 1), (64, 257))

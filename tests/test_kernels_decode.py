@@ -7,6 +7,7 @@ from fuseformer.kernels import decode as kernels
 from fuseformer.kernels import decode_configs as configs
 from fuseformer.kernels.common import recorded_launches
 from interpreted import run_interpreted
+from matrix import case_name, cases
 
 import fuseformer as ff
 
@@ -56,6 +57,29 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode_matches_the_oracle_and_repeats_to_the_last_bit(case):
     check_decode(kernels, case)
+
+
+# Heads, queries, head dim and cache lengths; the rest of a call are options.
+SHAPES = (
+    ((6, 2), 1, 40, (0, 63, 257)),
+    ((5, 1), 3, 72, (111, 1)),
+    ((2, 2), 8, 96, (113,)),
+)
+OPTIONS = {
+    "page_size": (0, 16),
+    "window_left": (-1, 40),
+    "softcap": (0.0, 15.0),
+    "alibi": (False, True),
+    "sinks": (False, True),
+}
+MATRIX = cases({"dtype": (BF16, FP16, FP32), "shape": SHAPES, **OPTIONS}, options=tuple(OPTIONS))
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=case_name)
+def test_any_two_options_together_match_the_oracle(case):
+    options = {name: case[name] for name in OPTIONS}
+    heads, queries, head_dim, lengths = case["shape"]
+    check_decode(kernels, Case(heads, queries, head_dim, case["dtype"], lengths, **options))
 
 
 @pytest.mark.parametrize("page_size", [0, 16])
