@@ -26,6 +26,7 @@ def test_the_cpu_is_served_by_the_cpu_backend():
     [
         ({"dtype": torch.float64}, "float64"),
         ({"head_dim": 264}, "264"),
+        ({"capability": 75}, "sm_80 or newer, this one is sm_75"),
         ({"op": "add_rms_norm", "head_dim": 0, "shapes": ((4, 8193),)}, "8192 values, not 8193"),
         ({"op": "attention_weights", "head_dim": 0}, "no Triton kernel for attention_weights"),
     ],
@@ -41,6 +42,31 @@ def test_what_triton_cannot_do_goes_to_the_reference_with_the_reason(changes, be
 @pytest.mark.skipif(not backends.has_triton(), reason="the triton package is not installed")
 def test_a_gpu_is_served_by_triton():
     assert choose_backend(request())[0] == "triton"
+
+
+def test_the_capability_of_a_gpu_is_part_of_the_request(monkeypatch):
+    fake = torch._subclasses.fake_tensor.FakeTensorMode()
+    with fake:
+        q = torch.empty(1, device="cuda")
+        assert backends.request_for("attention", q).capability == 0
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+        assert backends.request_for("attention", q).capability == 89
+    assert backends.request_for("attention", torch.empty(1)).capability == 0
+
+
+def test_a_compiled_graph_takes_the_capability_for_a_constant(monkeypatch):
+    def untraceable():
+        with open(sys.executable, "rb") as file:  # the compiler follows no file
+            return not file.read(1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", untraceable)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def shifted(x):
+        return x + backends.device_capability(0)
+
+    assert shifted(torch.ones(1)) == 1
 
 
 def test_without_triton_a_gpu_is_served_by_plain_pytorch(monkeypatch):

@@ -25,6 +25,8 @@ _TRITON_OPS = (
 )
 # A row of the Triton norms stays in the registers of one program.
 _MAX_NORM_WIDTH = 8192
+# The first with bfloat16 and asynchronous copies, and the oldest that kernels are compiled for.
+_LEAST_CAPABILITY = 80
 _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 #: Device types on which Triton kernels can be launched. A test adds "cpu" while something executes
@@ -41,6 +43,7 @@ class Request:
 
     `shapes` are the sizes of the op's leading tensors, `options` the names of the optional features
     in use, `head_dim` is 0 for ops without heads, `requested` a backend's name or None.
+    `capability` is that of the GPU, 80 for sm_80, and 0 where there is none.
     """
 
     op: str
@@ -50,6 +53,22 @@ class Request:
     options: frozenset[str] = frozenset()
     head_dim: int = 0
     requested: str | None = None
+    capability: int = 0
+
+
+def device_capability(index: int | None) -> int:
+    """Return the compute capability of a GPU, 80 for sm_80, and 0 where there is none.
+
+    Without an index it is that of the current one. Compiled graphs take it for a constant.
+    """
+    if not torch.cuda.is_available():
+        return 0  # a fake tensor may be on a GPU that is not there
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+# What `torch.compiler.assume_constant_result` sets: it would import the compiler with the package.
+device_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1)
@@ -74,6 +93,11 @@ def refusal(backend: str, request: Request) -> str | None:
         return "the triton package is not installed"
     if request.device not in TRITON_DEVICES:
         return f"Triton kernels do not run on {request.device} tensors"
+    if 0 < request.capability < _LEAST_CAPABILITY:
+        return (
+            f"the Triton kernels need a GPU of sm_{_LEAST_CAPABILITY} or newer, this one is "
+            f"sm_{request.capability}"
+        )
     if request.op not in _TRITON_OPS:
         return f"there is no Triton kernel for {request.op} yet"
     if request.dtype not in _HALF_AND_SINGLE:
@@ -234,4 +258,8 @@ def request_for(
     shapes = tuple(tuple(int(n) for n in t.shape) for t in (lead, *others))
     if _transformed():
         options = options | {_TRANSFORMED}
-    return Request(op, lead.device.type, dtype or lead.dtype, shapes, options, head_dim, requested)
+    device = lead.device
+    capability = device_capability(device.index) if device.type == "cuda" else 0
+    return Request(
+        op, device.type, dtype or lead.dtype, shapes, options, head_dim, requested, capability
+    )
