@@ -256,10 +256,11 @@ _BIAS_EXCEPTIONS: dict[str, _Table] = {
         128: {"logits": Tiles(32, 32, 32, 8, 2), "everything": Tiles(64, 32, 32, 8, 2)},
     },
     "sm_86": {
-        16: {"logits": Tiles(32, 64, 64, 8, 2)},
+        16: {"logits": Tiles(32, 64, 64, 8, 2), "everything": Tiles(32, 32, 32, 8, 2)},
         32: {"logits": Tiles(32, 64, 64, 8, 2)},
         128: {"logits": Tiles(32, 32, 32, 8, 2)},
     },
+    "sm_100": {32: {"logits": Tiles(64, 32, 32, 8, 2)}},
     "gfx942": {
         16: {"logits": Tiles(64, 64, 64, 8, 2)},
         32: {"logits": Tiles(64, 64, 64, 8, 2), "everything": Tiles(64, 64, 64, 8, 1)},

@@ -246,9 +246,11 @@ def finished_logits(
     factor = scoring.scale_log2
     derivative = 1.0
     if scoring.softcap is not None:
-        # tanh by an exponential that saturates at both ends.
-        grown = tl.exp2(products * (2.0 * scoring.scale_log2 / scoring.softcap))
-        bounded = 1.0 - 2.0 / (grown + 1.0)
+        # tanh by an exponential, bounded where tanh is 1. As 1 - 2 / (grown + 1) it would need no
+        # bound, but round three times as much.
+        doubled = products * (2.0 * scoring.scale_log2 / scoring.softcap)
+        grown = tl.exp2(tl.minimum(doubled, 64.0))
+        bounded = (grown - 1.0) / (grown + 1.0)
         derivative = 1.0 - bounded * bounded
         logits = bounded * (scoring.softcap * LOG2E)
         factor = 1.0

@@ -73,7 +73,23 @@ OPTIONS = {
     "padding": (False, True),
     "key_lengths": ((), (50, 0)),
 }
-MATRIX = cases({"dtype": (BF16, FP16, FP32), "shape": SHAPES, **OPTIONS}, options=tuple(OPTIONS))
+
+
+def sees_more_than_one_key(case):
+    """Whether the rule can be asked of a case.
+
+    Of one visible key the logit has no gradient but that of the lse, and what flash attention finds
+    in half precision is the rounding of its output: not so in single precision.
+    """
+    alone = case["shape"][1][0] == 1 and case["causal"] == "top_left"
+    return not alone or case["dtype"] == FP32
+
+
+MATRIX = cases(
+    {"dtype": (BF16, FP16, FP32), "shape": SHAPES, **OPTIONS},
+    options=tuple(OPTIONS),
+    allowed=sees_more_than_one_key,
+)
 
 
 @pytest.mark.parametrize("case", MATRIX, ids=case_name)
