@@ -1,0 +1,380 @@
+// Flash attention, backward: dk and dv of one block of keys, and what it gives to dq, in one pass.
+//
+// With P the probabilities, M the dropout mask times its factor, dP = (dO V^T) * M and
+// delta = rowsum(dO * O) - dlse, the gradient of the logits is dS = P * (dP - delta), and
+// dv = (P * M)^T dO, dk = dS^T Q, dq = dS K. Blocks add to dq one after the other, in the order of
+// their keys: the sum is the same in every run.
+//
+// Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
+// 2023.
+#pragma once
+
+#include "../device/atomic.h"
+#include "../device/philox.h"
+#include "../device/tile.h"
+#include "mask.h"
+#include "traits.h"
+#include "workspace.h"
+
+namespace fuseformer {
+
+// What one warp holds, transposed: its sixteen keys are rows, the queries of a step columns.
+template <typename Traits>
+struct BackwardWarp {
+  using Element = typename Traits::Element;
+  static constexpr int kQueryTiles = Traits::kBlockM / 8;
+  static constexpr int kHeadTiles = Traits::kHeadDim / 8;
+  static constexpr int kHeadSteps = Traits::kHeadDim / 16;
+  static constexpr int kRowTiles = Traits::kBlockM / 16;  // of dq
+  static constexpr int kColumnTiles = Traits::kQueryColumns / 8;
+  // Keys and values stay in registers where they leave room for the gradients.
+  static constexpr bool kKeepOperands = kHeadSteps <= 4;
+  using Addresses = LaneAddresses<Traits::kHeadDim>;
+  using LogitAddresses = LaneAddresses<Traits::kBlockM>;
+
+  float dk[kHeadTiles][4];
+  float dv[kHeadTiles][4];
+  uint32_t k[kKeepOperands ? kHeadSteps : 1][4];
+  uint32_t v[kKeepOperands ? kHeadSteps : 1][4];
+  Addresses k_rows;        // operand A of the logits
+  Addresses v_rows;        // operand A of dP
+  Addresses q_columns;     // operand B of the logits
+  Addresses dout_columns;  // operand B of dP
+  Addresses q_rows;        // operand B of dk
+  Addresses dout_rows;     // operand B of dv
+  Addresses key_rows;      // operand B of dq: all keys of the block
+  LogitAddresses logits;   // operand A of dq
+
+  // products = a @ b.T, a being the warp's keys or values.
+  FUSEFORMER_DEVICE void multiply_transposed(
+      float (&products)[kQueryTiles][4], const uint32_t (&kept)[kKeepOperands ? kHeadSteps : 1][4],
+      const Addresses& rows, const Addresses& columns, int offset) {
+    FUSEFORMER_UNROLL
+    for (int step = 0; step < kHeadSteps; ++step) {
+      uint32_t a[4];
+      if constexpr (kKeepOperands) {
+        FUSEFORMER_UNROLL
+        for (int i = 0; i < 4; ++i) a[i] = kept[step][i];
+      } else {
+        ldmatrix_x4(a, rows.at(0, step));
+      }
+      FUSEFORMER_UNROLL
+      for (int pair = 0; pair < kQueryTiles / 2; ++pair) {
+        uint32_t b[4];
+        ldmatrix_x4(b, columns.at(pair, step) + offset);
+        mma_16x8x16<Element>(products[2 * pair], a, b[0], b[1]);
+        mma_16x8x16<Element>(products[2 * pair + 1], a, b[2], b[3]);
+      }
+    }
+  }
+
+  // sums += a @ b, a being sixteen keys by the queries of a step, packed as operands.
+  FUSEFORMER_DEVICE void add_product(float (&sums)[kHeadTiles][4],
+                                     const uint32_t (&a)[kQueryTiles / 2][4], const Addresses& rows,
+                                     int offset) {
+    FUSEFORMER_UNROLL
+    for (int step = 0; step < kQueryTiles / 2; ++step) {
+      FUSEFORMER_UNROLL
+      for (int pair = 0; pair < kHeadTiles / 2; ++pair) {
+        uint32_t b[4];
+        ldmatrix_x4_transposed(b, rows.at(step, pair) + offset);
+        mma_16x8x16<Element>(sums[2 * pair], a[step], b[0], b[1]);
+        mma_16x8x16<Element>(sums[2 * pair + 1], a[step], b[2], b[3]);
+      }
+    }
+  }
+
+  // dq = dS @ k over all keys of the block, for this warp's rows and columns of the step.
+  FUSEFORMER_DEVICE void multiply_keys(float (&dq)[kColumnTiles][4]) {
+    FUSEFORMER_UNROLL
+    for (int step = 0; step < Traits::kBlockN / 16; ++step) {
+      uint32_t a[4];
+      ldmatrix_x4_transposed(a, logits.at(step, 0));
+      FUSEFORMER_UNROLL
+      for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
+        uint32_t b[4];
+        ldmatrix_x4_transposed(b, key_rows.at(step, pair));
+        mma_16x8x16<Element>(dq[2 * pair], a, b[0], b[1]);
+        mma_16x8x16<Element>(dq[2 * pair + 1], a, b[2], b[3]);
+      }
+    }
+  }
+};
+
+// Hides what queries do not see of a warp's keys; `row` and `key` are the lane's first ones.
+template <int kQueryTiles>
+FUSEFORMER_DEVICE void hide_transposed(float (&products)[kQueryTiles][4],
+                                       const AttentionParams& params, const Sequence& sequence,
+                                       int row, int key) {
+  FUSEFORMER_UNROLL
+  for (int i = 0; i < kQueryTiles; ++i) {
+    FUSEFORMER_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const VisibleKeys visible(params, sequence, row + 8 * i + j % 2);
+      if (!visible.holds(key + j / 2 * 8)) products[i][j] = kMinusInfinity;
+    }
+  }
+}
+
+// Which of a warp's probabilities dropout keeps, a bit each: 4 * tile + j.
+template <int kQueryTiles>
+FUSEFORMER_DEVICE uint32_t kept_transposed(PhiloxKey seed, int batch, int head, int row, int key,
+                                           uint32_t threshold) {
+  uint32_t kept = 0;
+  FUSEFORMER_UNROLL
+  for (int pair = 0; pair < kQueryTiles / 2; ++pair) {
+    FUSEFORMER_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      uint32_t words[4];
+      dropout_words(words, seed, batch, head, row + 16 * pair + j, key);
+      const bool upper = key / 16 % 2;  // of the thirty-two keys that the words decide
+      FUSEFORMER_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int bit = 4 * (2 * pair + half) + j;
+        kept |= static_cast<uint32_t>(is_kept(upper ? words[2] : words[0], half, threshold)) << bit;
+        kept |= static_cast<uint32_t>(is_kept(upper ? words[3] : words[1], half, threshold))
+                << (bit + 2);
+      }
+    }
+  }
+  return kept;
+}
+
+// Grid: (key blocks * key heads * batch,), key blocks fastest. Shared memory: keys, values, kStages
+// tiles of queries, as many of dout, dS, and kStages of lse and of delta.
+template <typename Traits, bool kDropout>
+__global__ void __launch_bounds__(Traits::kThreads)
+    attention_backward_kernel(const AttentionGradientParams given) {
+  using Element = typename Traits::Element;
+  using Warp = BackwardWarp<Traits>;
+  using Layout = Tile<Traits::kHeadDim>;
+  using LogitLayout = Tile<Traits::kBlockM>;
+  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  constexpr int kKeyBytes = kBlockN * Layout::kRowBytes;
+  constexpr int kQueryBytes = kBlockM * Layout::kRowBytes;
+  static_assert(Warp::kQueryTiles <= 8);  // `kept` has 32 bits
+
+  const AttentionParams& params = given.forward;
+  const int blocks = (params.keys + kBlockN - 1) / kBlockN;
+  const int kv_heads = params.heads / params.group;
+  const int batch = blockIdx.x / (blocks * kv_heads);
+  const int kv_head = blockIdx.x / blocks % kv_heads;
+  const int block_key = static_cast<int>(blockIdx.x) % blocks * kBlockN;
+  const Sequence sequence = sequence_of(params, batch);
+  if (block_key >= sequence.keys) return;
+
+  const int thread = threadIdx.x, lane = thread % 32, warp_index = thread / 32;
+  const int warp_key = block_key + 16 * warp_index, lane_key = warp_key + lane / 4;
+  const int lane_row = lane % 4 * 2;
+  const auto rows_of = [&](const HeadTensor& tensor, int head, int first_row) {
+    return static_cast<char*>(tensor.data) +
+           2 * (batch * tensor.batch_stride + head * tensor.head_stride +
+                first_row * tensor.row_stride);
+  };
+  const SharedAddress k_tile = shared_address(dynamic_shared());
+  const SharedAddress v_tile = k_tile + kKeyBytes;
+  const SharedAddress q_tile = v_tile + kKeyBytes;
+  const SharedAddress dout_tile = q_tile + Traits::kStages * kQueryBytes;
+  const SharedAddress logit_tile = dout_tile + Traits::kStages * kQueryBytes;
+  constexpr int kLogitOffset = 2 * kKeyBytes + 2 * Traits::kStages * kQueryBytes;
+  constexpr int kRowOffset = kLogitOffset + kBlockN * LogitLayout::kRowBytes;
+  const SharedAddress row_tile = logit_tile + kBlockN * LogitLayout::kRowBytes;
+
+  Warp warp;
+  const int warp_bytes = 16 * warp_index * Layout::kRowBytes;
+  warp.k_rows = Warp::Addresses::in_row_order(k_tile + warp_bytes, lane);
+  warp.v_rows = Warp::Addresses::in_row_order(v_tile + warp_bytes, lane);
+  warp.q_columns = Warp::Addresses::in_column_order(q_tile, lane);
+  warp.dout_columns = Warp::Addresses::in_column_order(dout_tile, lane);
+  warp.q_rows = Warp::Addresses::in_row_order(q_tile, lane);
+  warp.dout_rows = Warp::Addresses::in_row_order(dout_tile, lane);
+  warp.key_rows = Warp::Addresses::in_row_order(
+      k_tile, lane, warp_index / Warp::kRowTiles * (Traits::kQueryColumns / 16));
+  warp.logits =
+      Warp::LogitAddresses::in_column_order(logit_tile, lane, warp_index % Warp::kRowTiles);
+  FUSEFORMER_UNROLL
+  for (int i = 0; i < Warp::kHeadTiles; ++i) {
+    FUSEFORMER_UNROLL
+    for (int j = 0; j < 4; ++j) warp.dk[i][j] = warp.dv[i][j] = 0.0f;
+  }
+
+  {
+    const TileCopy<Traits::kHeadDim, kBlockN, Traits::kThreads> k_copy(thread, params.k.row_stride);
+    const TileCopy<Traits::kHeadDim, kBlockN, Traits::kThreads> v_copy(thread, params.v.row_stride);
+    const int exist = sequence.key_end - block_key;
+    const int first = sequence.first_key + block_key;
+    k_copy.begin_bounded(k_tile, rows_of(params.k, kv_head, first), exist);
+    v_copy.begin_bounded(v_tile, rows_of(params.v, kv_head, first), exist);
+    copy_async_commit();
+    if constexpr (Warp::kKeepOperands) {
+      copy_async_wait<0>();
+      block_barrier();
+      FUSEFORMER_UNROLL
+      for (int step = 0; step < Warp::kHeadSteps; ++step) {
+        ldmatrix_x4(warp.k[step], warp.k_rows.at(0, step));
+        ldmatrix_x4(warp.v[step], warp.v_rows.at(0, step));
+      }
+    }
+  }
+  PhiloxKey seed{0, 0};
+  if constexpr (kDropout) {
+    const uint64_t value = static_cast<uint64_t>(*params.seed);
+    seed = {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
+  }
+  const float scale_log2 = params.scale * 1.44269504f;
+  const QuerySteps<kBlockM, kBlockN> steps(params, sequence, block_key);
+  const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> q_copy(thread, params.q.row_stride);
+  const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> dout_copy(thread,
+                                                                        given.dout.row_stride);
+
+  for (int member = 0; member < params.group; ++member) {
+    const int head = kv_head * params.group + member;
+    const char* q_rows = rows_of(params.q, head, sequence.first_query);
+    const char* dout_rows = rows_of(given.dout, head, sequence.first_query);
+    const int64_t work_row =
+        static_cast<int64_t>(head) * given.workspace_rows + workspace_row<kBlockM>(params, batch);
+    int* const turns = given.dq_turns == nullptr ? nullptr : given.dq_turns + work_row / kBlockM;
+
+    // Copies of a step: queries, dout, and kBlockM numbers of lse and delta.
+    const auto begin_copies = [&](auto bounded, int step, int stage) {
+      const int row = step * kBlockM;
+      const char* q_from = q_rows + 2 * row * params.q.row_stride;
+      const char* dout_from = dout_rows + 2 * row * given.dout.row_stride;
+      if constexpr (decltype(bounded)::value) {
+        q_copy.begin_bounded(q_tile + stage * kQueryBytes, q_from, sequence.queries - row);
+        dout_copy.begin_bounded(dout_tile + stage * kQueryBytes, dout_from, sequence.queries - row);
+      } else {
+        q_copy.begin(q_tile + stage * kQueryBytes, q_from);
+        dout_copy.begin(dout_tile + stage * kQueryBytes, dout_from);
+      }
+      if (thread < kBlockM / 2) {
+        const float* from = thread < kBlockM / 4 ? given.lse_log2 : given.delta;
+        copy_async_16(row_tile + (stage * kBlockM / 2 + thread) * 16,
+                      from + work_row + row + thread % (kBlockM / 4) * 4);
+      }
+      copy_async_commit();
+    };
+
+    int stage = 0, added_to = -1;
+    const auto add_step = [&](auto masked, int index, int step, int next) {
+      constexpr bool kMasked = decltype(masked)::value;
+      // Everyone has left the last step, and this step's copies are in.
+      copy_async_wait<0>();
+      block_barrier();
+      if (turns != nullptr && added_to >= 0 && thread == 0) pass_turn(turns + added_to);
+      if constexpr (Traits::kStages == 2) {
+        if (index + 1 < steps.count()) begin_copies(masked, next, stage ^ 1);
+      }
+      float weights[Warp::kQueryTiles][4] = {};
+      warp.multiply_transposed(weights, warp.k, warp.k_rows, warp.q_columns, stage * kQueryBytes);
+      const int row = step * kBlockM + lane_row;
+      if constexpr (kMasked) hide_transposed(weights, params, sequence, row, lane_key);
+      const float* row_values = reinterpret_cast<const float*>(dynamic_shared() + kRowOffset) +
+                                stage * 2 * kBlockM + lane_row;
+      FUSEFORMER_UNROLL
+      for (int i = 0; i < Warp::kQueryTiles; ++i) {
+        FUSEFORMER_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          weights[i][j] = exp2_approximate(weights[i][j] * scale_log2 - row_values[8 * i + j % 2]);
+        }
+      }
+      float dlogits[Warp::kQueryTiles][4] = {};
+      warp.multiply_transposed(dlogits, warp.v, warp.v_rows, warp.dout_columns,
+                               stage * kQueryBytes);
+      uint32_t kept = 0xffffffffu;
+      if constexpr (kDropout) {
+        kept = kept_transposed<Warp::kQueryTiles>(seed, batch, head, row, lane_key,
+                                                  params.dropout_threshold);
+      }
+      FUSEFORMER_UNROLL
+      for (int i = 0; i < Warp::kQueryTiles; ++i) {
+        FUSEFORMER_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if constexpr (kDropout) {
+            dlogits[i][j] = kept >> (4 * i + j) & 1 ? dlogits[i][j] * params.dropout_scale : 0.0f;
+          }
+          dlogits[i][j] = weights[i][j] * (dlogits[i][j] - row_values[kBlockM + 8 * i + j % 2]);
+          if constexpr (kDropout) {
+            if (!(kept >> (4 * i + j) & 1)) weights[i][j] = 0.0f;
+          }
+        }
+      }
+      uint32_t operand[Warp::kQueryTiles / 2][4];
+      FUSEFORMER_UNROLL
+      for (int i = 0; i < Warp::kQueryTiles / 2; ++i) as_operand<Element>(operand[i], weights, i);
+      warp.add_product(warp.dv, operand, warp.dout_rows, stage * kQueryBytes);
+      FUSEFORMER_UNROLL
+      for (int i = 0; i < Warp::kQueryTiles / 2; ++i) as_operand<Element>(operand[i], dlogits, i);
+      FUSEFORMER_UNROLL
+      for (int i = 0; i < Warp::kQueryTiles; ++i) {
+        FUSEFORMER_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int offset = LogitLayout::offset(lane_key - block_key + 8 * half, i);
+          *reinterpret_cast<uint32_t*>(dynamic_shared() + kLogitOffset + offset + 2 * lane_row) =
+              operand[i / 2][i % 2 * 2 + half];
+        }
+      }
+      warp.add_product(warp.dk, operand, warp.q_rows, stage * kQueryBytes);
+      if (turns != nullptr && thread == 0) {
+        wait_for_turn(turns + step, turn_of<kBlockM, kBlockN>(params, sequence, block_key, step));
+      }
+      block_barrier();
+      if constexpr (Traits::kStages == 1) {
+        if (index + 1 < steps.count()) begin_copies(masked, next, 0);
+      }
+      float dq[Warp::kColumnTiles][4] = {};
+      warp.multiply_keys(dq);
+      float* sums = given.dq_sums + (work_row + step * kBlockM) * Traits::kHeadDim + thread;
+      FUSEFORMER_UNROLL
+      for (int i = 0; i < Warp::kColumnTiles; ++i) {
+        FUSEFORMER_UNROLL
+        for (int j = 0; j < 4; ++j) atomic_add(sums + (4 * i + j) * Traits::kThreads, dq[i][j]);
+      }
+      if (turns != nullptr) publish();
+      added_to = step;
+      if constexpr (Traits::kStages == 2) stage ^= 1;
+    };
+    if (steps.count() == 0) continue;
+    begin_copies(Constant<true>(), steps.at(0), 0);
+    int index = 0;
+    for (; index < steps.masked(); ++index) {
+      add_step(Constant<true>(), index, steps.at(index), steps.at(index + 1));
+    }
+    for (int step = steps.at(index); index < steps.count(); ++index, ++step) {
+      add_step(Constant<false>(), index, step, step + 1);
+    }
+    block_barrier();
+    if (turns != nullptr && thread == 0) pass_turn(turns + added_to);
+  }
+
+  // Each warp writes its rows where its keys and values have been; nobody reads those any more.
+  copy_async_wait<0>();
+  block_barrier();
+  const float dv_scale = kDropout ? params.dropout_scale : 1.0f;
+  FUSEFORMER_UNROLL
+  for (int i = 0; i < Warp::kHeadTiles; ++i) {
+    FUSEFORMER_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int offset = Layout::offset(lane_key - block_key + 8 * half, i) + 2 * lane_row;
+      *reinterpret_cast<uint32_t*>(dynamic_shared() + offset) = pack<Element>(
+          warp.dk[i][2 * half] * params.scale, warp.dk[i][2 * half + 1] * params.scale);
+      *reinterpret_cast<uint32_t*>(dynamic_shared() + kKeyBytes + offset) =
+          pack<Element>(warp.dv[i][2 * half] * dv_scale, warp.dv[i][2 * half + 1] * dv_scale);
+    }
+  }
+  warp_barrier();
+  char* dk_rows = rows_of(given.dk, kv_head, sequence.first_key);
+  char* dv_rows = rows_of(given.dv, kv_head, sequence.first_key);
+  for (int chunk = lane; chunk < 16 * Layout::kChunks; chunk += 32) {
+    const int row = 16 * warp_index + chunk / Layout::kChunks, column = chunk % Layout::kChunks;
+    const int64_t key = block_key + row;
+    if (key < sequence.keys) {
+      const int offset = Layout::offset(row, column);
+      copy_16(dk_rows + 2 * key * given.dk.row_stride + 16 * column, dynamic_shared() + offset);
+      copy_16(dv_rows + 2 * key * given.dv.row_stride + 16 * column,
+              dynamic_shared() + kKeyBytes + offset);
+    }
+  }
+}
+
+}  // namespace fuseformer

@@ -1,0 +1,88 @@
+// Starts the attention kernels of one dtype: what a translation unit of them defines.
+#pragma once
+
+#include "../device/launch.h"
+#include "backward_kernel.h"
+#include "forward_kernel.h"
+#include "row_kernels.h"
+
+namespace fuseformer {
+
+template <typename Traits, bool kDropout>
+const char* launch_forward(const AttentionParams& params, Stream stream) {
+  const int64_t blocks = (params.queries + Traits::kBlockM - 1) / Traits::kBlockM;
+  return launch_kernel(attention_forward_kernel<Traits, kDropout>,
+                       blocks * params.heads * params.batch, Traits::kThreads, Traits::kSharedBytes,
+                       stream, params);
+}
+
+template <typename Traits, bool kDropout>
+const char* launch_backward(const AttentionGradientParams& given, Stream stream) {
+  const AttentionParams& params = given.forward;
+  const int64_t steps = (params.queries + Traits::kBlockM - 1) / Traits::kBlockM;
+  const int64_t blocks = (params.keys + Traits::kBlockN - 1) / Traits::kBlockN;
+  const char* failure =
+      launch_kernel(attention_delta_kernel<Traits>, steps * params.heads * params.batch,
+                    kRowThreads, 0, stream, given);
+  if (failure == nullptr) {
+    failure = launch_kernel(attention_backward_kernel<Traits, kDropout>,
+                            blocks * (params.heads / params.group) * params.batch, Traits::kThreads,
+                            Traits::kSharedBytes, stream, given);
+  }
+  if (failure == nullptr) {
+    failure = launch_kernel(attention_finish_kernel<Traits>, steps * params.heads * params.batch,
+                            Traits::kThreads, 0, stream, given);
+  }
+  return failure;
+}
+
+template <typename Element, int kHeadDim>
+const char* forward_of(const AttentionParams& params, Stream stream) {
+  using Traits = ForwardConfig<Element, kHeadDim>;
+  return params.seed ? launch_forward<Traits, true>(params, stream)
+                     : launch_forward<Traits, false>(params, stream);
+}
+
+template <typename Element, int kHeadDim>
+const char* backward_of(const AttentionGradientParams& given, Stream stream) {
+  using Traits = BackwardConfig<Element, kHeadDim>;
+  return given.forward.seed ? launch_backward<Traits, true>(given, stream)
+                            : launch_backward<Traits, false>(given, stream);
+}
+
+// The list of what is instantiated. Returns null, or why nothing was started.
+template <typename Element>
+const char* attention_forward(const AttentionParams& params, int head_dim, Stream stream) {
+  switch (head_dim) {
+    case 32:
+      return forward_of<Element, 32>(params, stream);
+    case 64:
+      return forward_of<Element, 64>(params, stream);
+    case 96:
+      return forward_of<Element, 96>(params, stream);
+    case 128:
+      return forward_of<Element, 128>(params, stream);
+    case 256:
+      return forward_of<Element, 256>(params, stream);
+    default:
+      return "no forward kernel of this head dim";
+  }
+}
+
+template <typename Element>
+const char* attention_backward(const AttentionGradientParams& given, int head_dim, Stream stream) {
+  switch (head_dim) {
+    case 32:
+      return backward_of<Element, 32>(given, stream);
+    case 64:
+      return backward_of<Element, 64>(given, stream);
+    case 96:
+      return backward_of<Element, 96>(given, stream);
+    case 128:
+      return backward_of<Element, 128>(given, stream);
+    default:
+      return "no backward kernel of this head dim";
+  }
+}
+
+}  // namespace fuseformer

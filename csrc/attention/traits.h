@@ -1,0 +1,66 @@
+// Tile sizes of the attention kernels: they live here alone, Python asks for them.
+//
+// A warp owns whole rows, 16 or 32 of them: with 32 each fragment of keys or values that it loads
+// feeds two products. Shared memory stays below 99 KiB, which is what sm_86, sm_89 and sm_120 have.
+#pragma once
+
+namespace fuseformer {
+
+template <typename Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kStages_>
+struct ForwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = kBlockM_;  // queries of a block
+  static constexpr int kBlockN = kBlockN_;  // keys of a step
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kStages = kStages_;  // tiles of keys, and of values, that fit
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRowTiles = kBlockM / kWarps / 16;  // sixteens of rows that a warp owns
+  static constexpr int kSharedBytes = 2 * kHeadDim * (kBlockM + 2 * kStages * kBlockN);
+  static_assert(kRowTiles * kWarps * 16 == kBlockM && kBlockN % 32 == 0 && kHeadDim % 32 == 0);
+};
+
+// One buffer of keys and values at head dim 256: two would leave steps of 32 keys, and the output,
+// which is rescaled in every step, is large.
+template <typename Element, int kHeadDim>
+struct ForwardConfig;
+template <typename Element>
+struct ForwardConfig<Element, 32> : ForwardTraits<Element, 32, 128, 64, 4, 2> {};
+template <typename Element>
+struct ForwardConfig<Element, 64> : ForwardTraits<Element, 64, 128, 128, 8, 2> {};
+template <typename Element>
+struct ForwardConfig<Element, 96> : ForwardTraits<Element, 96, 128, 64, 8, 2> {};
+template <typename Element>
+struct ForwardConfig<Element, 128> : ForwardTraits<Element, 128, 128, 64, 8, 2> {};
+template <typename Element>
+struct ForwardConfig<Element, 256> : ForwardTraits<Element, 256, 64, 64, 4, 1> {};
+
+// Backward, a block owns keys and walks over steps of queries. A warp owns sixteen keys, whose dk
+// and dv it holds; of dq of a step it computes sixteen rows of as many columns as are left to it.
+template <typename Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kStages_>
+struct BackwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = kBlockM_;  // queries of a step
+  static constexpr int kBlockN = kBlockN_;  // keys of a block
+  static constexpr int kWarps = kBlockN / 16;
+  static constexpr int kStages = kStages_;  // tiles of queries, and of dout, that fit
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kQueryColumns = kHeadDim / (kWarps / (kBlockM / 16));  // of a warp's dq
+  static constexpr int kSharedBytes = 2 * kHeadDim * (2 * kBlockN + 2 * kStages * kBlockM) +
+                                      2 * kBlockN * kBlockM + 2 * kStages * kBlockM * 4;
+  static_assert(kWarps % (kBlockM / 16) == 0 && kQueryColumns % 16 == 0);
+};
+
+template <typename Element, int kHeadDim>
+struct BackwardConfig;
+template <typename Element>
+struct BackwardConfig<Element, 32> : BackwardTraits<Element, 32, 64, 128, 2> {};
+template <typename Element>
+struct BackwardConfig<Element, 64> : BackwardTraits<Element, 64, 64, 128, 2> {};
+template <typename Element>
+struct BackwardConfig<Element, 96> : BackwardTraits<Element, 96, 64, 128, 2> {};
+template <typename Element>
+struct BackwardConfig<Element, 128> : BackwardTraits<Element, 128, 64, 128, 2> {};
+
+}  // namespace fuseformer

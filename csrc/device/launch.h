@@ -1,0 +1,44 @@
+// How the host starts a kernel: on a stream of a GPU, or in the emulator.
+#pragma once
+
+#include <cstdint>
+
+#include "platform.h"
+
+#if !defined(__CUDACC__)
+#include "../emulator/emulator.h"
+#endif
+
+namespace fuseformer {
+
+#if defined(__CUDACC__)
+using Stream = cudaStream_t;
+#else
+struct Stream {};
+#endif
+
+// Starts `blocks` blocks of a kernel; nothing for none. Returns null, or what the driver says of
+// it.
+template <typename Params>
+const char* launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
+                          Stream stream, const Params& params) {
+  if (blocks == 0) return nullptr;
+  if (blocks > 0x7fffffff) return "more than 2^31 - 1 blocks";
+#if defined(__CUDACC__)
+  // More than the 48 KiB that every kernel may have must be asked for.
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status == cudaSuccess) {
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(params);
+    status = cudaGetLastError();
+  }
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+#else
+  (void)stream;
+  emulator::launch({static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, shared_bytes,
+                   [&] { kernel(params); });
+  return nullptr;
+#endif
+}
+
+}  // namespace fuseformer

@@ -1,0 +1,11 @@
+// The attention kernels, compiled for the emulator from the source that ships.
+#include "../attention/launch.h"
+
+namespace fuseformer {
+
+template const char* attention_forward<Bfloat16>(const AttentionParams&, int, Stream);
+template const char* attention_forward<Half>(const AttentionParams&, int, Stream);
+template const char* attention_backward<Bfloat16>(const AttentionGradientParams&, int, Stream);
+template const char* attention_backward<Half>(const AttentionGradientParams&, int, Stream);
+
+}  // namespace fuseformer

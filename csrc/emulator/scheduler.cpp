@@ -1,0 +1,288 @@
+// Fibers, whose turn it is, and barriers.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <map>
+#include <sstream>
+
+#include "../device/platform.h"
+#include "state.h"
+
+#if !defined(__x86_64__)
+#error "the emulator switches fibers with x86-64 instructions"
+#endif
+
+// Saves the registers that a callee must keep, and goes on where the other stack has left off.
+asm(R"(
+.text
+.globl fuseformer_switch_stacks
+.type fuseformer_switch_stacks, @function
+fuseformer_switch_stacks:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fuseformer_switch_stacks, .-fuseformer_switch_stacks
+)");
+extern "C" void fuseformer_switch_stacks(void** saved, void* next);
+
+namespace fuseformer::emulator {
+
+Block block;
+Thread* current = nullptr;
+Report report;
+bool instrumented = false;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+
+Options the_options;
+uint64_t random_state = 1;
+void* launcher_stack_pointer = nullptr;
+const std::function<void()>* the_kernel = nullptr;
+std::vector<char*> stacks;
+bool gave_up = false;
+
+void switch_to(Thread* next) {
+  Thread* const previous = current;
+  current = next;
+  fuseformer_switch_stacks(previous ? &previous->stack_pointer : &launcher_stack_pointer,
+                           next->stack_pointer);
+}
+
+void switch_to_launcher() {
+  Thread* const previous = current;
+  current = nullptr;
+  fuseformer_switch_stacks(&previous->stack_pointer, launcher_stack_pointer);
+}
+
+// Takes the next thread that can run out of the warp whose turn it is, or returns null.
+Thread* next_ready() {
+  Warp* best = nullptr;
+  for (Warp& warp : block.warps) {
+    if (!warp.ready.empty() && (!best || warp.priority < best->priority)) best = &warp;
+  }
+  if (!best) return nullptr;
+  const size_t chosen =
+      the_options.random_schedule ? random_number() % best->ready.size() : best->ready.size() - 1;
+  const int number = best->ready[chosen];
+  best->ready.erase(best->ready.begin() + chosen);
+  return &block.threads[number];
+}
+
+void shuffle_warps() {
+  for (size_t i = 0; i < block.warps.size(); ++i) {
+    block.warps[i].priority = the_options.random_schedule ? random_number() : i;
+  }
+}
+
+void run_thread() {
+  (*the_kernel)();
+  current->done = true;
+  --block.live;
+  for (Barrier& barrier : block.barriers) {
+    if (!barrier.waiting.empty()) give_up("threads wait at a barrier that others have left out");
+  }
+  if (Thread* next = next_ready()) switch_to(next);
+  switch_to_launcher();
+  __builtin_unreachable();
+}
+
+void prepare(Thread& thread, int number, const Place& place) {
+  while (static_cast<int>(stacks.size()) <= number) {
+    void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    stacks.push_back(static_cast<char*>(memory));
+  }
+  thread = Thread();
+  thread.number = number;
+  thread.place = place;
+  thread.stack = stacks[number];
+  void** top = reinterpret_cast<void**>(thread.stack + kStackBytes - 64);
+  *top = reinterpret_cast<void*>(run_thread);
+  thread.stack_pointer = top - 6;
+  if (instrumented) {
+    thread.clocks.assign(block.threads.size(), 0);
+    thread.clocks[number] = 1;
+  }
+}
+
+void describe_deadlock() {
+  std::map<std::string, int> waits;
+  for (const Thread& thread : block.threads) {
+    if (!thread.done) ++waits[thread.waits_for ? thread.waits_for : "nothing"];
+  }
+  std::ostringstream text;
+  text << "deadlock:";
+  for (const auto& [what, count] : waits) text << " " << count << " threads wait for " << what;
+  ++report.errors[text.str()];
+}
+
+void run_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes) {
+  const int count = size.x * size.y * size.z;
+  ++block.number;
+  block.live = count;
+  block.threads.resize(count);
+  block.warps.assign((count + 31) / 32, Warp());
+  for (Barrier& barrier : block.barriers) barrier.waiting.clear();
+  block.shared_bytes = shared_bytes;
+  block.shared = new_shared(shared_bytes);
+  for (int i = count - 1; i >= 0; --i) {
+    const unsigned n = i;
+    prepare(block.threads[i], i,
+            {{n % size.x, n / size.x % size.y, n / (size.x * size.y)}, at, size, grid});
+    make_ready(i);
+  }
+  shuffle_warps();
+  switch_to(next_ready());
+  current = nullptr;
+  if (block.live && !gave_up) describe_deadlock();
+}
+
+bool within_limits(dim3 grid, dim3 size, size_t shared_bytes) {
+  const std::map<int, size_t> shared_kib = {{80, 163}, {86, 99},   {89, 99},
+                                            {90, 227}, {100, 227}, {120, 99}};
+  const auto found = shared_kib.find(the_options.architecture);
+  const uint64_t threads = uint64_t{size.x} * size.y * size.z;
+  std::ostringstream text;
+  if (found == shared_kib.end()) {
+    text << "no such architecture: sm_" << the_options.architecture;
+  } else if (threads < 1 || threads > 1024) {
+    text << "a block of " << threads << " threads: 1 to 1,024 can be launched";
+  } else if (threads % 32) {
+    text << "a block of " << threads << " threads: the emulator wants whole warps";
+  } else if (shared_bytes > found->second * 1024) {
+    text << shared_bytes << " bytes of shared memory: sm_" << found->first << " has "
+         << found->second * 1024;
+  } else if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+             grid.z > 65535) {
+    text << "a grid of " << grid.x << " x " << grid.y << " x " << grid.z << " blocks";
+  } else {
+    return true;
+  }
+  ++report.errors["launch: " + text.str()];
+  return false;
+}
+
+}  // namespace
+
+Options& options() { return the_options; }
+
+Report take_report() {
+  Report taken;
+  std::swap(taken, report);
+  return taken;
+}
+
+const Place& place() { return current->place; }
+
+uint32_t random_number() {
+  random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
+  return static_cast<uint32_t>(random_state >> 33);
+}
+
+void make_ready(int thread) { block.warps[thread / 32].ready.push_back(thread); }
+
+void wait(const char* what) {
+  current->waits_for = what;
+  Thread* const me = current;
+  Thread* const next = next_ready();
+  if (next == nullptr) {
+    switch_to_launcher();
+  } else if (next != me) {
+    switch_to(next);
+  }
+  me->waits_for = nullptr;
+}
+
+void give_up(const std::string& what) {
+  error(what);
+  gave_up = true;
+  switch_to_launcher();
+  __builtin_unreachable();
+}
+
+void join_clocks(const std::vector<int>& joined) {
+  if (!instrumented) return;
+  Clocks seen(block.threads.size(), 0);
+  for (int number : joined) {
+    const Clocks& clocks = block.threads[number].clocks;
+    for (size_t i = 0; i < seen.size(); ++i) seen[i] = std::max(seen[i], clocks[i]);
+  }
+  for (int number : joined) {
+    block.threads[number].clocks = seen;
+    ++block.threads[number].clocks[number];
+  }
+}
+
+void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (!within_limits(grid, size, shared_bytes)) return;
+  the_kernel = &kernel;
+  random_state = the_options.seed * 0x9E3779B97F4A7C15ull + 1;
+  gave_up = false;
+  new_launch();
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x && !gave_up; ++x) {
+        run_block(grid, size, {x, y, z}, shared_bytes);
+      }
+    }
+  }
+}
+
+}  // namespace fuseformer::emulator
+
+namespace fuseformer {
+
+using namespace emulator;
+
+void named_barrier(int id, int threads) {
+  Barrier& barrier = block.barriers[id];
+  ++report.counters.barriers;
+  barrier.waiting.push_back(current->number);
+  if (static_cast<int>(barrier.waiting.size()) < threads) {
+    wait(id ? "a named barrier" : "a barrier of the block");
+    return;
+  }
+  const std::vector<int> arrived = std::move(barrier.waiting);
+  barrier.waiting.clear();
+  join_clocks(arrived);
+  for (int number : arrived) {
+    if (number != current->number) make_ready(number);
+  }
+  shuffle_warps();
+  if (options().random_schedule) {
+    make_ready(current->number);
+    wait("its turn");
+  }
+}
+
+void block_barrier() {
+  if (block.live != static_cast<int>(block.threads.size())) {
+    give_up("a barrier of the block, which other threads have left");
+  }
+  named_barrier(0, block.live);
+}
+
+void warp_barrier() {
+  int nothing = 0;
+  collective("a barrier of the warp", nothing, [](int**) {
+    std::vector<int> lanes;
+    for (int i = 0; i < 32; ++i) lanes.push_back(current->number / 32 * 32 + i);
+    join_clocks(lanes);
+  });
+}
+
+}  // namespace fuseformer

@@ -1,0 +1,121 @@
+// What the parts of the emulator know of the block that is running.
+#pragma once
+
+#include <cstring>
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "emulator.h"
+
+namespace fuseformer::emulator {
+
+// The clock of a thread for each thread of its block: what it has seen of the others.
+using Clocks = std::vector<uint32_t>;
+
+struct Copy {
+  char* target;
+  const char* source;  // null: zeros
+};
+
+struct Thread {
+  Place place;
+  int number = 0;  // within the block
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  bool done = false;
+  const char* waits_for = nullptr;
+  std::vector<Copy> open_copies;
+  std::deque<std::vector<Copy>> copy_groups;
+  Clocks clocks;
+};
+
+// A rendezvous of the lanes of one warp.
+struct Warp {
+  uint32_t arrived = 0;
+  const char* collective = nullptr;
+  void* arguments[32];
+  std::vector<int> ready;  // threads that can run
+  uint32_t priority = 0;
+};
+
+struct Barrier {
+  std::vector<int> waiting;
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Barrier barriers[16];
+  int live = 0;
+  uint64_t number = 0;  // counted over all launches
+  char* shared = nullptr;
+  size_t shared_bytes = 0;
+};
+
+extern Block block;
+extern Thread* current;
+extern Report report;
+// Whether the kernel is compiled with hooks: set by the first access that comes in.
+extern bool instrumented;
+
+uint32_t random_number();
+
+// Adds an error of the thread that is running; `pc` is where in the kernel, if known.
+void error(const std::string& what, const void* pc = nullptr);
+
+// Ends the launch: nothing after it in the block is run.
+[[noreturn]] void give_up(const std::string& what);
+
+// Lets others run until this thread is made ready again.
+void wait(const char* what);
+void make_ready(int thread);
+
+// The threads in `joined` have seen of all what any of them has seen.
+void join_clocks(const std::vector<int>& joined);
+
+// Brings the lanes of a warp together: the last of them to arrive calls `carry_out` with the
+// arguments of all 32.
+template <typename Argument, typename Function>
+void collective(const char* name, Argument& argument, Function&& carry_out);
+
+enum class Access { kRead, kWrite, kAtomic, kCopyBegins, kCopyLands };
+
+// Checks an access of the thread that is running, where kernels are instrumented.
+void check_access(const void* address, size_t bytes, Access access, const void* pc);
+
+// Whether the address lies in an allocation of global memory, or in the shared memory of the block.
+bool in_global(const void* address, size_t bytes);
+bool in_shared(const void* address, size_t bytes);
+
+// Shared memory of a new block: nothing is initialised, all bits are set.
+char* new_shared(size_t bytes);
+void new_launch();
+
+inline Warp& warp_of(const Thread& thread) { return block.warps[thread.number / 32]; }
+
+template <typename Argument, typename Function>
+void collective(const char* name, Argument& argument, Function&& carry_out) {
+  Warp& warp = warp_of(*current);
+  const int first = current->number / 32 * 32, lane = current->number % 32;
+  if (warp.arrived != 0 && std::strcmp(warp.collective, name) != 0) {
+    give_up(std::string("divergent warp: some lanes are at ") + warp.collective + ", others at " +
+            name);
+  }
+  warp.collective = name;
+  warp.arrived |= 1u << lane;
+  warp.arguments[lane] = &argument;
+  if (warp.arrived != 0xffffffffu) {
+    wait(name);
+    return;
+  }
+  warp.arrived = 0;
+  Argument* arguments[32];
+  for (int i = 0; i < 32; ++i) arguments[i] = static_cast<Argument*>(warp.arguments[i]);
+  carry_out(arguments);
+  for (int i = 0; i < 32; ++i) {
+    if (i != lane) make_ready(first + i);
+  }
+}
+
+}  // namespace fuseformer::emulator

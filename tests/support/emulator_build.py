@@ -1,0 +1,97 @@
+"""Builds of the emulator with the CUDA C++ kernels in it, as Python modules.
+
+Objects are kept under ``build/emulator`` by what goes into them, so that only what has changed is
+compiled, and two processes that want the same one share it. In "shadow" mode the kernels are
+compiled with hooks at every load and store; nothing else is.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc"
+CACHE = ROOT / "build" / "emulator"
+RUNTIME = ("scheduler", "memory", "instrumentation", "primitives", "tensor_cores")
+MODES = {
+    "plain": ["-O2"],
+    "shadow": ["-O1", "-g", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"],
+}
+_FLAGS = ["-std=c++17", "-march=native", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror"]
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+
+
+def _compiler() -> str:
+    found = shutil.which("g++")
+    if found is None:
+        raise RuntimeError("the emulator needs g++: install a C++ compiler")
+    return found
+
+
+def _kept(name: str, inputs: Sequence[object], make) -> Path:
+    """Return the file that `make` writes, made at most once for the same inputs."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:24]
+    path = CACHE / f"{key}-{name}"
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            part = path.with_suffix(".part")
+            make(part)
+            part.replace(path)
+    return path
+
+
+def _text_of(folder: Path) -> list[tuple[str, str]]:
+    """Return all sources under `folder`: any of them may go into an object."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cpp"))
+    return [(str(p.relative_to(folder)), p.read_text()) for p in files]
+
+
+def compiled(source: Path, flags: Sequence[str], sources: Path = SOURCES) -> Path:
+    """Return the object of a source file of `sources`, or of another that includes some of it."""
+    headers = [(name, text) for name, text in _text_of(sources) if name.endswith(".h")]
+    command = [_compiler(), *_FLAGS, *flags, f"-I{sources}", "-x", "c++", "-c", source, "-o"]
+    inputs = (source.read_text(), headers, flags, _FLAGS)
+    return _kept(f"{source.stem}.o", inputs, lambda part: _run([*command, part]))
+
+
+def build(
+    mode: str, kernels: Path | None = None, *, sources: Path = SOURCES, runtime: Path = SOURCES
+) -> ModuleType:
+    """Return the emulator with the kernels of a translation unit, all there are unless given.
+
+    The kernels' headers come from `sources`, the emulator from `runtime`: both may be changed
+    copies of the folder. Raises `RuntimeError` with what the compiler said.
+    """
+    kernels = kernels or sources / "emulator" / "attention_kernels.cpp"
+    python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    objects = [
+        compiled(kernels, MODES[mode], sources),
+        *(compiled(runtime / "emulator" / f"{name}.cpp", ["-O2"], runtime) for name in RUNTIME),
+        compiled(SOURCES / "emulator" / "bindings.cpp", [*python, "-fvisibility=hidden"]),
+    ]
+    names = [path.name for path in objects]
+    # Two builds may be loaded at once: each calls its own functions.
+    command = [_compiler(), "-shared", "-Wl,-Bsymbolic", *objects, "-ldl", "-o"]
+    library = _kept("_emulator.so", (names, "-Bsymbolic"), lambda part: _run([*command, part]))
+    # pybind11 takes two modules of one name for the same.
+    spec = importlib.util.spec_from_file_location(f"{library.name[:24]}._emulator", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,275 @@
+"""Bugs planted in the CUDA C++ kernels must be caught by the checks of the real ones."""
+
+import shutil
+
+import pytest
+import torch
+from attention_checks import Case, check_dense
+from emulated import EmulatorError, Kernels
+from emulator_build import SOURCES, build
+
+BF16 = torch.bfloat16
+
+# Head dim 64 alone, which keeps operands in registers: what is planted is compiled for each bug.
+KERNELS = """
+#include "attention/launch.h"
+namespace fuseformer {
+template <>
+const char* attention_forward<Bfloat16>(const AttentionParams& params, int, Stream stream) {
+  return forward_of<Bfloat16, 64>(params, stream);
+}
+template <>
+const char* attention_backward<Bfloat16>(const AttentionGradientParams& given, int, Stream stream) {
+  return backward_of<Bfloat16, 64>(given, stream);
+}
+template <>
+const char* attention_forward<Half>(const AttentionParams&, int, Stream) { return "not built"; }
+template <>
+const char* attention_backward<Half>(const AttentionGradientParams&, int, Stream) {
+  return "not built";
+}
+}  // namespace fuseformer
+"""
+
+PLAIN = Case((2, 1), (150, 300), 64, BF16)
+CAUSAL = Case((2, 1), (150, 300), 64, BF16, "bottom_right")
+WINDOW = Case((1, 1), (200, 300), 64, BF16, window=(40, 20))
+LENGTHS = Case((2, 2), (70, 300), 64, BF16, key_lengths=(150, 0), batch=2)
+DROPOUT = Case((2, 2), (100, 200), 64, BF16, dropout_p=0.2)
+FORWARD, BACKWARD = "attention/forward_kernel.h", "attention/backward_kernel.h"
+WRONG, RACE, INFLIGHT, BOUNDS = "exceeds", "race: ", "copy is on its way", "out of bounds"
+UNINITIALISED, CONFLICTS = "nobody has written", "bank conflicts"
+
+# file, correct text, planted text, the case that must fail, and how
+BUGS = {
+    "forward: no barrier before a step": (
+        FORWARD,
+        "    copy_async_wait<0>();\n    block_barrier();\n    if constexpr (Traits::kStages == 2)",
+        "    copy_async_wait<0>();\n    if constexpr (Traits::kStages == 2)",
+        PLAIN,
+        RACE,
+    ),
+    "forward: the copies of a step are not waited for": (
+        FORWARD,
+        "    copy_async_wait<0>();\n    block_barrier();\n    if constexpr (Traits::kStages == 2)",
+        "    copy_async_wait<1>();\n    block_barrier();\n    if constexpr (Traits::kStages == 2)",
+        PLAIN,
+        INFLIGHT,
+    ),
+    "forward: no barrier before queries are read": (
+        FORWARD,
+        "    copy_async_wait<0>();\n    block_barrier();\n    FUSEFORMER_UNROLL",
+        "    copy_async_wait<0>();\n    FUSEFORMER_UNROLL",
+        PLAIN,
+        RACE,
+    ),
+    "forward: no barrier of the warp before the output is read": (
+        FORWARD,
+        "  warp_barrier();\n",
+        "",
+        PLAIN,
+        RACE,
+    ),
+    "forward: rows past the last are written": (
+        FORWARD,
+        "if (block_row + row < sequence.queries) {",
+        "if (true) {",
+        PLAIN,
+        BOUNDS,
+    ),
+    "forward: keys past the last are read": (
+        FORWARD,
+        "k_copy.begin_bounded(k_tile, k_rows + steps.at(0) * k_step, sequence.key_end - first_key)",
+        "k_copy.begin(k_tile, k_rows + steps.at(0) * k_step)",
+        PLAIN,
+        BOUNDS,
+    ),
+    "forward: values lie past the shared memory": (
+        FORWARD,
+        "v_tile = k_tile + Traits::kStages * kTileBytes",
+        "v_tile = k_tile + (Traits::kStages + 1) * kTileBytes",
+        PLAIN,
+        BOUNDS,
+    ),
+    "forward: every head reads its own keys": (
+        FORWARD,
+        "k_rows = rows_of(params.k, head / params.group,",
+        "k_rows = rows_of(params.k, head,",
+        PLAIN,
+        BOUNDS,
+    ),
+    "forward: the output is not rescaled": (
+        "attention/softmax.h",
+        "          out[tile][i][2 * half] *= rescale;\n",
+        "",
+        PLAIN,
+        WRONG,
+    ),
+    "forward: the sum is not rescaled": (
+        "attention/softmax.h",
+        "sum[tile][half] * rescale + added",
+        "sum[tile][half] + added",
+        PLAIN,
+        WRONG,
+    ),
+    "two registers of an operand are exchanged": (
+        "device/mma.h",
+        "  a[1] = pack<Element>(d[2 * step][2], d[2 * step][3]);\n"
+        "  a[2] = pack<Element>(d[2 * step + 1][0], d[2 * step + 1][1]);",
+        "  a[2] = pack<Element>(d[2 * step][2], d[2 * step][3]);\n"
+        "  a[1] = pack<Element>(d[2 * step + 1][0], d[2 * step + 1][1]);",
+        PLAIN,
+        WRONG,
+    ),
+    "tiles are not swizzled": (
+        "device/tile.h",
+        "return kWhole ? row & 7 : row >> 1 & 3;",
+        "return row & 0;",
+        PLAIN,
+        CONFLICTS,
+    ),
+    "copies are swizzled otherwise than loads": (
+        "device/tile.h",
+        "target = Layout::offset(row, thread % kAcross);",
+        "target = Layout::offset(row, thread % kAcross) ^ 16;",
+        PLAIN,
+        WRONG,
+    ),
+    "the causal mask hides one key less": (
+        "attention/mask.h",
+        "return key >= begin && key < end;",
+        "return key >= begin && key <= end;",
+        CAUSAL,
+        WRONG,
+    ),
+    "the window hides one key more": (
+        "attention/mask.h",
+        "return key >= begin && key < end;",
+        "return key > begin && key < end;",
+        WINDOW,
+        WRONG,
+    ),
+    "forward: a step at the diagonal counts as full": (
+        "attention/mask.h",
+        "full_end = maximum(full_begin, minimum(end, all_end / kBlockN));\n"
+        "    if (seen_end <= seen_begin) begin",
+        "full_end = maximum(full_begin, minimum(end, all_end / kBlockN + 1));\n"
+        "    if (seen_end <= seen_begin) begin",
+        CAUSAL,
+        WRONG,
+    ),
+    "backward: a step at the diagonal counts as full": (
+        "attention/mask.h",
+        "full_begin = minimum(end, (all_begin + kBlockM - 1) / kBlockM);",
+        "full_begin = minimum(end, all_begin / kBlockM);",
+        CAUSAL,
+        WRONG,
+    ),
+    "lengths are not looked at": (
+        "attention/mask.h",
+        "if (params.key_lengths != nullptr) {",
+        "if (false) {",
+        LENGTHS,
+        WRONG,
+    ),
+    "backward: no barrier before a step": (
+        BACKWARD,
+        "      copy_async_wait<0>();\n      block_barrier();\n      if (turns != nullptr && added",
+        "      copy_async_wait<0>();\n      if (turns != nullptr && added",
+        PLAIN,
+        INFLIGHT,
+    ),
+    "backward: no barrier before dS is read": (
+        BACKWARD,
+        "      block_barrier();\n      if constexpr (Traits::kStages == 1)",
+        "      if constexpr (Traits::kStages == 1)",
+        PLAIN,
+        RACE,
+    ),
+    "backward: half of lse and delta are not copied": (
+        BACKWARD,
+        "if (thread < kBlockM / 2) {",
+        "if (thread < kBlockM / 4) {",
+        PLAIN,
+        UNINITIALISED,
+    ),
+    "backward: dq is summed without atomics": (
+        BACKWARD,
+        "atomic_add(sums + (4 * i + j) * Traits::kThreads, dq[i][j]);",
+        "sums[(4 * i + j) * Traits::kThreads] += dq[i][j];",
+        PLAIN,
+        RACE,
+    ),
+    "backward: a turn is passed twice": (
+        BACKWARD,
+        "thread == 0) pass_turn(turns + added_to);",
+        "thread < 2) pass_turn(turns + added_to);",
+        PLAIN,
+        "does not come",
+    ),
+    "backward: delta is left out": (
+        BACKWARD,
+        "(dlogits[i][j] - row_values[kBlockM + 8 * i + j % 2])",
+        "(dlogits[i][j])",
+        PLAIN,
+        WRONG,
+    ),
+    "backward: dropout takes the words of the other keys": (
+        BACKWARD,
+        "const bool upper = key / 16 % 2;",
+        "const bool upper = key / 16 % 2 == 0;",
+        DROPOUT,
+        WRONG,
+    ),
+    "backward: dq is added by the columns of another warp": (
+        BACKWARD,
+        "warp_index / Warp::kRowTiles * (Traits::kQueryColumns / 16)",
+        "0",
+        PLAIN,
+        WRONG,
+    ),
+    "the lse has other units": (
+        FORWARD,
+        "log2_sum * 0.69314718f",
+        "log2_sum",
+        PLAIN,
+        WRONG,
+    ),
+}
+
+
+def planted(folder, file="attention/mask.h", correct="", wrong=""):
+    """Return the kernels with a text replaced in one file, every access being checked."""
+    copy = folder / "csrc"
+    shutil.copytree(SOURCES, copy)
+    source = (copy / file).read_text()
+    assert correct in source, f"{file} has changed: plant the bug anew"
+    (copy / file).write_text(source.replace(correct, wrong) if correct else source)
+    unit = folder / "kernels.cpp"
+    unit.write_text(KERNELS)
+    kernels = Kernels(build("shadow", unit, sources=copy))
+    kernels.emulator.set_options(True, 1, "late", "exact", 80)
+    return kernels
+
+
+def run(kernels, case):
+    """Raise an error for whatever is wrong with a case: errors, then values, then conflicts."""
+    check_dense(kernels, case)
+    assert kernels.counters["ldmatrix_conflicts"] == 0, "bank conflicts"
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name, tmp_path):
+    file, correct, wrong, case, how = BUGS[name]
+    kernels = planted(tmp_path, file, correct, wrong)
+    with pytest.raises(AssertionError) as caught:
+        run(kernels, case)
+    assert how in str(caught.value)
+    assert isinstance(caught.value, EmulatorError) == (how not in (WRONG, CONFLICTS))
+
+
+def test_the_copy_without_a_bug_passes(tmp_path):
+    """Else the tests above would pass for any reason at all."""
+    kernels = planted(tmp_path)
+    for case in (PLAIN, CAUSAL, WINDOW, LENGTHS, DROPOUT):
+        run(kernels, case)
