@@ -151,17 +151,15 @@ BUGS = {
     ),
     "forward: a step at the diagonal counts as full": (
         "attention/mask.h",
-        "full_end = maximum(full_begin, minimum(end, all_end / kBlockN));\n"
-        "    if (seen_end <= seen_begin) begin",
-        "full_end = maximum(full_begin, minimum(end, all_end / kBlockN + 1));\n"
-        "    if (seen_end <= seen_begin) begin",
+        "minimum(steps.end, maximum(all_end, 0) / kSize)",
+        "minimum(steps.end, maximum(all_end, 0) / kSize + 1)",
         CAUSAL,
         WRONG,
     ),
     "backward: a step at the diagonal counts as full": (
         "attention/mask.h",
-        "full_begin = minimum(end, (all_begin + kBlockM - 1) / kBlockM);",
-        "full_begin = minimum(end, all_begin / kBlockM);",
+        "(maximum(all_begin, 0) + kSize - 1) / kSize",
+        "maximum(all_begin, 0) / kSize",
         CAUSAL,
         WRONG,
     ),
@@ -209,8 +207,8 @@ BUGS = {
     ),
     "backward: delta is left out": (
         BACKWARD,
-        "(dlogits[i][j] - row_values[kBlockM + 8 * i + j % 2])",
-        "(dlogits[i][j])",
+        "kDropout ? 0.0f : -row_values[kBlockM + 8 * i + j % 2]",
+        "0.0f",
         PLAIN,
         WRONG,
     ),
@@ -223,8 +221,8 @@ BUGS = {
     ),
     "backward: dq is added by the columns of another warp": (
         BACKWARD,
-        "warp_index / Warp::kRowTiles * (Traits::kQueryColumns / 16)",
-        "0",
+        "in_row_order(k_tile, lane, warp_index / Warp::kRowTiles)",
+        "in_row_order(k_tile, lane)",
         PLAIN,
         WRONG,
     ),

@@ -26,7 +26,7 @@ struct BackwardWarp {
   static constexpr int kHeadTiles = Traits::kHeadDim / 8;
   static constexpr int kHeadSteps = Traits::kHeadDim / 16;
   static constexpr int kRowTiles = Traits::kBlockM / 16;  // of dq
-  static constexpr int kColumnTiles = Traits::kQueryColumns / 8;
+  static constexpr int kColumnTiles = 2 * Traits::kColumnSteps;
   // Keys and values stay in registers where they leave room for the gradients.
   static constexpr bool kKeepOperands = kHeadSteps <= 4;
   using Addresses = LaneAddresses<Traits::kHeadDim>;
@@ -36,19 +36,19 @@ struct BackwardWarp {
   float dv[kHeadTiles][4];
   uint32_t k[kKeepOperands ? kHeadSteps : 1][4];
   uint32_t v[kKeepOperands ? kHeadSteps : 1][4];
-  Addresses k_rows;        // operand A of the logits
-  Addresses v_rows;        // operand A of dP
-  Addresses q_columns;     // operand B of the logits
-  Addresses dout_columns;  // operand B of dP
-  Addresses q_rows;        // operand B of dk
-  Addresses dout_rows;     // operand B of dv
+  // Tiles of one shape lie a fixed number of bytes apart: one set of addresses serves them all.
+  Addresses k_rows;        // operand A of the logits, and of dP
+  Addresses q_columns;     // operand B of the logits, and of dP
+  Addresses q_rows;        // operand B of dk, and of dv
   Addresses key_rows;      // operand B of dq: all keys of the block
   LogitAddresses logits;   // operand A of dq
+  uint32_t stored_logits;  // offset in the shared memory of the lane's first ones
 
-  // products = a @ b.T, a being the warp's keys or values.
+  // products = a @ b.T, a being the warp's keys or values, b the queries or dout of a step: offsets
+  // of their tiles from those of the keys and of the first queries.
   FUSEFORMER_DEVICE void multiply_transposed(
       float (&products)[kQueryTiles][4], const uint32_t (&kept)[kKeepOperands ? kHeadSteps : 1][4],
-      const Addresses& rows, const Addresses& columns, int offset) {
+      int kept_offset, int offset) {
     FUSEFORMER_UNROLL
     for (int step = 0; step < kHeadSteps; ++step) {
       uint32_t a[4];
@@ -56,12 +56,12 @@ struct BackwardWarp {
         FUSEFORMER_UNROLL
         for (int i = 0; i < 4; ++i) a[i] = kept[step][i];
       } else {
-        ldmatrix_x4(a, rows.at(0, step));
+        ldmatrix_x4(a, k_rows.at(0, step) + kept_offset);
       }
       FUSEFORMER_UNROLL
       for (int pair = 0; pair < kQueryTiles / 2; ++pair) {
         uint32_t b[4];
-        ldmatrix_x4(b, columns.at(pair, step) + offset);
+        ldmatrix_x4(b, q_columns.at(pair, step) + offset);
         mma_16x8x16<Element>(products[2 * pair], a, b[0], b[1]);
         mma_16x8x16<Element>(products[2 * pair + 1], a, b[2], b[3]);
       }
@@ -70,18 +70,26 @@ struct BackwardWarp {
 
   // sums += a @ b, a being sixteen keys by the queries of a step, packed as operands.
   FUSEFORMER_DEVICE void add_product(float (&sums)[kHeadTiles][4],
-                                     const uint32_t (&a)[kQueryTiles / 2][4], const Addresses& rows,
-                                     int offset) {
+                                     const uint32_t (&a)[kQueryTiles / 2][4], int offset) {
     FUSEFORMER_UNROLL
     for (int step = 0; step < kQueryTiles / 2; ++step) {
       FUSEFORMER_UNROLL
       for (int pair = 0; pair < kHeadTiles / 2; ++pair) {
         uint32_t b[4];
-        ldmatrix_x4_transposed(b, rows.at(step, pair) + offset);
+        ldmatrix_x4_transposed(b, q_rows.at(step, pair) + offset);
         mma_16x8x16<Element>(sums[2 * pair], a[step], b[0], b[1]);
         mma_16x8x16<Element>(sums[2 * pair + 1], a[step], b[2], b[3]);
       }
     }
+  }
+
+  FUSEFORMER_DEVICE void compute_addresses_again() {
+    k_rows.compute_phases_again();
+    q_columns.compute_phases_again();
+    q_rows.compute_phases_again();
+    key_rows.compute_phases_again();
+    logits.compute_phases_again();
+    compute_again(stored_logits);
   }
 
   // dq = dS @ k over all keys of the block, for this warp's rows and columns of the step.
@@ -93,7 +101,7 @@ struct BackwardWarp {
       FUSEFORMER_UNROLL
       for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
         uint32_t b[4];
-        ldmatrix_x4_transposed(b, key_rows.at(step, pair));
+        ldmatrix_x4_transposed(b, key_rows.at(step, Traits::kColumnGroups * pair));
         mma_16x8x16<Element>(dq[2 * pair], a, b[0], b[1]);
         mma_16x8x16<Element>(dq[2 * pair + 1], a, b[2], b[3]);
       }
@@ -152,7 +160,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kKeyBytes = kBlockN * Layout::kRowBytes;
   constexpr int kQueryBytes = kBlockM * Layout::kRowBytes;
-  static_assert(Warp::kQueryTiles <= 8);  // `kept` has 32 bits
+  constexpr int kDoutOffset = Traits::kStages * kQueryBytes;  // from the queries to dout
+  static_assert(Warp::kQueryTiles <= 8);                      // `kept` has 32 bits
 
   const AttentionParams& params = given.forward;
   const int blocks = (params.keys + kBlockN - 1) / kBlockN;
@@ -183,15 +192,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
   Warp warp;
   const int warp_bytes = 16 * warp_index * Layout::kRowBytes;
   warp.k_rows = Warp::Addresses::in_row_order(k_tile + warp_bytes, lane);
-  warp.v_rows = Warp::Addresses::in_row_order(v_tile + warp_bytes, lane);
   warp.q_columns = Warp::Addresses::in_column_order(q_tile, lane);
-  warp.dout_columns = Warp::Addresses::in_column_order(dout_tile, lane);
   warp.q_rows = Warp::Addresses::in_row_order(q_tile, lane);
-  warp.dout_rows = Warp::Addresses::in_row_order(dout_tile, lane);
-  warp.key_rows = Warp::Addresses::in_row_order(
-      k_tile, lane, warp_index / Warp::kRowTiles * (Traits::kQueryColumns / 16));
+  warp.key_rows = Warp::Addresses::in_row_order(k_tile, lane, warp_index / Warp::kRowTiles);
   warp.logits =
       Warp::LogitAddresses::in_column_order(logit_tile, lane, warp_index % Warp::kRowTiles);
+  warp.stored_logits = kLogitOffset + LogitLayout::offset(lane_key - block_key, 0) + 2 * lane_row;
   FUSEFORMER_UNROLL
   for (int i = 0; i < Warp::kHeadTiles; ++i) {
     FUSEFORMER_UNROLL
@@ -212,7 +218,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       FUSEFORMER_UNROLL
       for (int step = 0; step < Warp::kHeadSteps; ++step) {
         ldmatrix_x4(warp.k[step], warp.k_rows.at(0, step));
-        ldmatrix_x4(warp.v[step], warp.v_rows.at(0, step));
+        ldmatrix_x4(warp.v[step], warp.k_rows.at(0, step) + kKeyBytes);
       }
     }
   }
@@ -222,7 +228,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     seed = {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
   }
   const float scale_log2 = params.scale * 1.44269504f;
-  const QuerySteps<kBlockM, kBlockN> steps(params, sequence, block_key);
+  const Steps steps = query_steps<kBlockM, kBlockN>(params, sequence, block_key);
   const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> q_copy(thread, params.q.row_stride);
   const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> dout_copy(thread,
                                                                         given.dout.row_stride);
@@ -263,10 +269,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
       block_barrier();
       if (turns != nullptr && added_to >= 0 && thread == 0) pass_turn(turns + added_to);
       if constexpr (Traits::kStages == 2) {
-        if (index + 1 < steps.count()) begin_copies(masked, next, stage ^ 1);
+        if (index + 1 < steps.count()) begin_copies(Constant<false>(), next, stage ^ 1);
       }
+      warp.compute_addresses_again();
       float weights[Warp::kQueryTiles][4] = {};
-      warp.multiply_transposed(weights, warp.k, warp.k_rows, warp.q_columns, stage * kQueryBytes);
+      warp.multiply_transposed(weights, warp.k, 0, stage * kQueryBytes);
       const int row = step * kBlockM + lane_row;
       if constexpr (kMasked) hide_transposed(weights, params, sequence, row, lane_key);
       const float* row_values = reinterpret_cast<const float*>(dynamic_shared() + kRowOffset) +
@@ -278,49 +285,59 @@ __global__ void __launch_bounds__(Traits::kThreads)
           weights[i][j] = exp2_approximate(weights[i][j] * scale_log2 - row_values[8 * i + j % 2]);
         }
       }
-      float dlogits[Warp::kQueryTiles][4] = {};
-      warp.multiply_transposed(dlogits, warp.v, warp.v_rows, warp.dout_columns,
-                               stage * kQueryBytes);
-      uint32_t kept = 0xffffffffu;
-      if constexpr (kDropout) {
-        kept = kept_transposed<Warp::kQueryTiles>(seed, batch, head, row, lane_key,
-                                                  params.dropout_threshold);
-      }
+      // Without dropout delta comes off for nothing: the products begin with it.
+      float dlogits[Warp::kQueryTiles][4];
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kQueryTiles; ++i) {
         FUSEFORMER_UNROLL
         for (int j = 0; j < 4; ++j) {
-          if constexpr (kDropout) {
-            dlogits[i][j] = kept >> (4 * i + j) & 1 ? dlogits[i][j] * params.dropout_scale : 0.0f;
+          dlogits[i][j] = kDropout ? 0.0f : -row_values[kBlockM + 8 * i + j % 2];
+        }
+      }
+      warp.multiply_transposed(dlogits, warp.v, kKeyBytes, kDoutOffset + stage * kQueryBytes);
+      if constexpr (kDropout) {
+        const uint32_t kept = kept_transposed<Warp::kQueryTiles>(seed, batch, head, row, lane_key,
+                                                                 params.dropout_threshold);
+        FUSEFORMER_UNROLL
+        for (int i = 0; i < Warp::kQueryTiles; ++i) {
+          FUSEFORMER_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            const bool keeps = kept >> (4 * i + j) & 1;
+            const float dropped = keeps ? dlogits[i][j] * params.dropout_scale : 0.0f;
+            dlogits[i][j] = weights[i][j] * (dropped - row_values[kBlockM + 8 * i + j % 2]);
+            if (!keeps) weights[i][j] = 0.0f;
           }
-          dlogits[i][j] = weights[i][j] * (dlogits[i][j] - row_values[kBlockM + 8 * i + j % 2]);
-          if constexpr (kDropout) {
-            if (!(kept >> (4 * i + j) & 1)) weights[i][j] = 0.0f;
-          }
+        }
+      } else {
+        FUSEFORMER_UNROLL
+        for (int i = 0; i < Warp::kQueryTiles; ++i) {
+          FUSEFORMER_UNROLL
+          for (int j = 0; j < 4; ++j) dlogits[i][j] *= weights[i][j];
         }
       }
       uint32_t operand[Warp::kQueryTiles / 2][4];
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kQueryTiles / 2; ++i) as_operand<Element>(operand[i], weights, i);
-      warp.add_product(warp.dv, operand, warp.dout_rows, stage * kQueryBytes);
+      warp.add_product(warp.dv, operand, kDoutOffset + stage * kQueryBytes);
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kQueryTiles / 2; ++i) as_operand<Element>(operand[i], dlogits, i);
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kQueryTiles; ++i) {
         FUSEFORMER_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const int offset = LogitLayout::offset(lane_key - block_key + 8 * half, i);
-          *reinterpret_cast<uint32_t*>(dynamic_shared() + kLogitOffset + offset + 2 * lane_row) =
+          const uint32_t offset =
+              (warp.stored_logits ^ i % 8 * 16) + 8 * half * LogitLayout::kRowBytes;
+          *reinterpret_cast<uint32_t*>(dynamic_shared() + offset) =
               operand[i / 2][i % 2 * 2 + half];
         }
       }
-      warp.add_product(warp.dk, operand, warp.q_rows, stage * kQueryBytes);
+      warp.add_product(warp.dk, operand, stage * kQueryBytes);
       if (turns != nullptr && thread == 0) {
         wait_for_turn(turns + step, turn_of<kBlockM, kBlockN>(params, sequence, block_key, step));
       }
       block_barrier();
       if constexpr (Traits::kStages == 1) {
-        if (index + 1 < steps.count()) begin_copies(masked, next, 0);
+        if (index + 1 < steps.count()) begin_copies(Constant<false>(), next, 0);
       }
       float dq[Warp::kColumnTiles][4] = {};
       warp.multiply_keys(dq);
@@ -340,8 +357,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     for (; index < steps.masked(); ++index) {
       add_step(Constant<true>(), index, steps.at(index), steps.at(index + 1));
     }
-    for (int step = steps.at(index); index < steps.count(); ++index, ++step) {
-      add_step(Constant<false>(), index, step, step + 1);
+    for (int step = steps.at(index); index < steps.count(); ++index, --step) {
+      add_step(Constant<false>(), index, step, step - 1);
     }
     block_barrier();
     if (turns != nullptr && thread == 0) pass_turn(turns + added_to);

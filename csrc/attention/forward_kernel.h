@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   warp.v_addresses = Warp::Addresses::in_row_order(v_tile, lane);
 
   // Only the first step may reach past the last key: steps are taken from the end.
-  const KeySteps<kBlockM, kBlockN> steps(params, sequence, block_row);
+  const Steps steps = key_steps<kBlockM, kBlockN>(params, sequence, block_row);
   const int first_key = steps.at(0) * kBlockN;
   const char* q_rows = rows_of(params.q, head, sequence.first_query + block_row);
   const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> q_copy(thread, params.q.row_stride);

@@ -32,28 +32,15 @@ FUSEFORMER_DEVICE Sequence sequence_of(const AttentionParams& params, int batch)
   return s;
 }
 
-// The steps of kBlockN keys that a block of queries takes, in the order that it takes them: those
-// that hide some keys from some of its rows, the last one first, then those that hide none. Steps
-// that hide all keys are not among them.
-template <int kBlockM, int kBlockN>
-struct KeySteps {
+// The steps that a block takes over keys or over queries, in the order that it takes them: those
+// that hide something, or reach past the end, the last one first, then those that do neither, the
+// last one first. What hides everything is not among them. So only the first step can reach past
+// the end.
+struct Steps {
   int begin;       // first step of the visible ones
   int full_begin;  // first step that hides nothing
   int full_end;
   int end;
-
-  FUSEFORMER_DEVICE KeySteps(const AttentionParams& params, const Sequence& s, int row) {
-    const int last_row = minimum(row + kBlockM, s.queries) - 1;
-    const int seen_end = minimum(s.key_end, last_row + s.diagonal + params.window_right + 1);
-    const int seen_begin = maximum(0, row + s.diagonal - params.window_left);
-    const int all_end = maximum(0, minimum(s.key_end, row + s.diagonal + params.window_right + 1));
-    const int all_begin = maximum(0, last_row + s.diagonal - params.window_left);
-    begin = seen_begin / kBlockN;
-    end = maximum(begin, (seen_end + kBlockN - 1) / kBlockN);
-    full_begin = minimum(end, (all_begin + kBlockN - 1) / kBlockN);
-    full_end = maximum(full_begin, minimum(end, all_end / kBlockN));
-    if (seen_end <= seen_begin) begin = full_begin = full_end = end;
-  }
 
   FUSEFORMER_DEVICE int masked() const { return end - full_end + full_begin - begin; }
   FUSEFORMER_DEVICE int count() const { return end - begin; }
@@ -62,45 +49,45 @@ struct KeySteps {
   FUSEFORMER_DEVICE int at(int index) const {
     const int step = end - 1 - index;
     if (step >= full_end) return step;
-    const int full = full_end - full_begin;
-    return index < masked() ? step - full : step + full_begin - begin;
+    return index < masked() ? step - (full_end - full_begin) : step + full_begin - begin;
   }
 };
 
-// The steps of kBlockM queries that a block of keys takes, in the order that it takes them: those
-// that hide some of its keys from some of their rows, or reach past the last row, the first one
-// first; then those that do neither. Steps that see none of the keys are not among them.
+// Steps of kSize from the range that is seen in part, and the one that is seen by all.
+template <int kSize>
+FUSEFORMER_DEVICE Steps steps_of(int seen_begin, int seen_end, int all_begin, int all_end) {
+  Steps steps;
+  steps.begin = maximum(seen_begin, 0) / kSize;
+  steps.end = maximum(steps.begin, (seen_end + kSize - 1) / kSize);
+  steps.full_begin = minimum(steps.end, (maximum(all_begin, 0) + kSize - 1) / kSize);
+  steps.full_end = maximum(steps.full_begin, minimum(steps.end, maximum(all_end, 0) / kSize));
+  if (seen_end <= maximum(seen_begin, 0))
+    steps.begin = steps.full_begin = steps.full_end = steps.end;
+  return steps;
+}
+
+// The steps over keys of the block of queries that begins at `row`.
 template <int kBlockM, int kBlockN>
-struct QuerySteps {
-  int begin;
-  int full_begin;
-  int full_end;
-  int end;
+FUSEFORMER_DEVICE Steps key_steps(const AttentionParams& params, const Sequence& s, int row) {
+  const int first = row + s.diagonal;
+  const int last = minimum(row + kBlockM, s.queries) - 1 + s.diagonal;
+  return steps_of<kBlockN>(
+      first - params.window_left, minimum(s.key_end, last + params.window_right + 1),
+      last - params.window_left, minimum(s.key_end, first + params.window_right + 1));
+}
 
-  FUSEFORMER_DEVICE QuerySteps(const AttentionParams& params, const Sequence& s, int key) {
-    const int last_key = minimum(key + kBlockN, s.key_end) - 1;
-    const int seen_begin = maximum(0, key - s.diagonal - params.window_right);
-    const int seen_end = minimum(s.queries, last_key - s.diagonal + params.window_left + 1);
-    const int all_begin = maximum(0, last_key - s.diagonal - params.window_right);
-    const int all_end = maximum(0, minimum(s.queries, key - s.diagonal + params.window_left + 1));
-    begin = seen_begin / kBlockM;
-    end = maximum(begin, (seen_end + kBlockM - 1) / kBlockM);
-    full_begin = minimum(end, (all_begin + kBlockM - 1) / kBlockM);
-    full_end = maximum(full_begin, minimum(end, all_end / kBlockM));
-    if (key + kBlockN > s.key_end) full_begin = full_end = end;
-    if (seen_end <= seen_begin || last_key < key) begin = full_begin = full_end = end;
-  }
-
-  FUSEFORMER_DEVICE int masked() const { return end - full_end + full_begin - begin; }
-  FUSEFORMER_DEVICE int count() const { return end - begin; }
-
-  // The step that is taken at place `index`.
-  FUSEFORMER_DEVICE int at(int index) const {
-    const int step = begin + index;
-    if (step < full_begin) return step;
-    return index < masked() ? step + full_end - full_begin : full_begin + index - masked();
-  }
-};
+// The steps over queries of the block of keys that begins at `key`. One that holds padded keys
+// hides them in every step.
+template <int kBlockM, int kBlockN>
+FUSEFORMER_DEVICE Steps query_steps(const AttentionParams& params, const Sequence& s, int key) {
+  const int first = key - s.diagonal;
+  const int last = minimum(key + kBlockN, s.key_end) - 1 - s.diagonal;
+  const int seen_end = minimum(s.queries, last + params.window_left + 1);
+  const bool padded = key + kBlockN > s.key_end;
+  return steps_of<kBlockM>(first - params.window_right, last < first ? 0 : seen_end,
+                           last - params.window_right,
+                           padded ? 0 : minimum(s.queries, first + params.window_left + 1));
+}
 
 // How many blocks of keys before this one take a step of queries: they add to its dq in their
 // order.

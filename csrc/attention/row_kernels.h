@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const float* sums = given.dq_sums + work_row * Traits::kHeadDim + thread;
   const int row = step_row + warp % kRowTiles * 16 + lane / 4;
-  const int column = warp / kRowTiles * Traits::kQueryColumns + lane % 4 * 2;
+  const int column = warp / kRowTiles * 16 + lane % 4 * 2;
   FUSEFORMER_UNROLL
   for (int half = 0; half < 2; ++half) {
     if (row + 8 * half >= sequence.queries) continue;
@@ -96,9 +96,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
                   head * given.dq.head_stride +
                   (sequence.first_query + row + 8 * half) * given.dq.row_stride + column;
     FUSEFORMER_UNROLL
-    for (int i = 0; i < Traits::kQueryColumns / 8; ++i) {
+    for (int i = 0; i < 2 * Traits::kColumnSteps; ++i) {
       const int first = (4 * i + 2 * half) * Traits::kThreads;
-      *reinterpret_cast<uint32_t*>(dq + 8 * i) =
+      *reinterpret_cast<uint32_t*>(dq + i / 2 * 16 * Traits::kColumnGroups + i % 2 * 8) =
           pack<Element>(sums[first] * params.scale, sums[first + Traits::kThreads] * params.scale);
     }
   }

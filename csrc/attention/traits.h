@@ -36,7 +36,7 @@ template <typename Element>
 struct ForwardConfig<Element, 256> : ForwardTraits<Element, 256, 64, 64, 4, 1> {};
 
 // Backward, a block owns keys and walks over steps of queries. A warp owns sixteen keys, whose dk
-// and dv it holds; of dq of a step it computes sixteen rows of as many columns as are left to it.
+// and dv it holds.
 template <typename Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kStages_>
 struct BackwardTraits {
   using Element = Element_;
@@ -46,10 +46,14 @@ struct BackwardTraits {
   static constexpr int kWarps = kBlockN / 16;
   static constexpr int kStages = kStages_;  // tiles of queries, and of dout, that fit
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kQueryColumns = kHeadDim / (kWarps / (kBlockM / 16));  // of a warp's dq
+  // Of dq of a step, a warp computes sixteen rows of every kColumnGroups-th sixteen of columns.
+  static constexpr int kColumnGroups = kWarps / (kBlockM / 16);
+  static constexpr int kColumnSteps = kHeadDim / 16 / kColumnGroups;
   static constexpr int kSharedBytes = 2 * kHeadDim * (2 * kBlockN + 2 * kStages * kBlockM) +
                                       2 * kBlockN * kBlockM + 2 * kStages * kBlockM * 4;
-  static_assert(kWarps % (kBlockM / 16) == 0 && kQueryColumns % 16 == 0);
+  static_assert(kColumnGroups * (kBlockM / 16) == kWarps &&
+                kColumnSteps * kColumnGroups * 16 == kHeadDim &&
+                (kColumnGroups & (kColumnGroups - 1)) == 0);
 };
 
 template <typename Element, int kHeadDim>

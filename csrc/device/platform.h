@@ -40,6 +40,11 @@ using SharedAddress = uint32_t;
 
 #if defined(__CUDACC__)
 
+// Hides from the compiler that `x` stays the same from one step of a loop to the next: what is
+// computed from it is computed again where it is used, instead of being kept in registers that are
+// needed.
+FUSEFORMER_DEVICE void compute_again(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 FUSEFORMER_DEVICE SharedAddress shared_address(const void* pointer) {
   return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
 }
@@ -63,6 +68,7 @@ FUSEFORMER_DEVICE void warp_barrier() { __syncwarp(); }
 
 #else
 
+inline void compute_again(uint32_t&) {}
 SharedAddress shared_address(const void* pointer);
 unsigned char* dynamic_shared();
 void block_barrier();

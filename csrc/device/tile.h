@@ -56,6 +56,15 @@ struct LaneAddresses {
            column_step / Layout::kPhases * Layout::kPhases * 32;
   }
 
+  // Has the other phases computed from the first one in every step of a loop, where the registers
+  // that would keep them are needed. Steps that are added to a smaller first one without a carry
+  // are an exclusive or.
+  FUSEFORMER_DEVICE void compute_phases_again() {
+    compute_again(phase[0]);
+    FUSEFORMER_UNROLL
+    for (int i = 1; i < Layout::kPhases; ++i) phase[i] = phase[0] ^ i * 32;
+  }
+
  private:
   FUSEFORMER_DEVICE LaneAddresses(SharedAddress tile, int row, int chunk) {
     FUSEFORMER_UNROLL
@@ -73,10 +82,10 @@ struct TileCopy {
   static constexpr int kPasses = kRows / kRowsAtOnce;
   static_assert(kPasses * kRowsAtOnce == kRows && Layout::kChunks % kAcross == 0);
 
-  int row;        // of the first pass
-  int target;     // its offset in a tile
-  int64_t start;  // bytes from row 0 of the tensor to it
-  int64_t step;   // bytes from one pass to the next
+  int row;          // of the first pass
+  uint32_t target;  // its offset in a tile
+  int64_t start;    // bytes from row 0 of the tensor to it
+  int64_t step;     // bytes from one pass to the next
 
   FUSEFORMER_DEVICE TileCopy(int thread, int64_t row_stride) {
     row = thread / kAcross;
@@ -99,21 +108,20 @@ struct TileCopy {
 
   // The same for rows of which only the first `rows` exist: the others become zeros.
   FUSEFORMER_DEVICE void begin_bounded(SharedAddress tile, const char* source, int rows) const {
+    source += start;
     FUSEFORMER_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
+    for (int pass = 0; pass < kPasses; ++pass, source += step) {
       const bool exists = row + pass * kRowsAtOnce < rows;
-      const char* from = exists ? source + start + pass * step : source;
       FUSEFORMER_UNROLL
       for (int chunk = 0; chunk < Layout::kChunks; chunk += kAcross) {
-        copy_async_16_or_zero(tile + target_of(pass, chunk), from + (exists ? 16 * chunk : 0),
-                              exists);
+        copy_async_16_or_zero(tile + target_of(pass, chunk), source + 16 * chunk, exists);
       }
     }
   }
 
  private:
   // Passes of fewer than eight rows change the swizzle; `target` is below them in those bits.
-  FUSEFORMER_DEVICE int target_of(int pass, int chunk) const {
+  FUSEFORMER_DEVICE uint32_t target_of(int pass, int chunk) const {
     return (target ^ Layout::swizzle(pass * kRowsAtOnce) << 4) +
            pass * kRowsAtOnce * Layout::kRowBytes + chunk * 16;
   }
