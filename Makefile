@@ -22,7 +22,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-		--editable '.[tune,bench,dev]'
+		--editable '.[tune,bench,cuda,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	touch $@
 

@@ -1,0 +1,179 @@
+"""``python -m bench cuda``: the CUDA C++ kernels compiled for GPUs that need not be there.
+
+Prints registers, spilled bytes, shared memory and, where control bits can be decoded, the scores of
+the full loop and of the edge loop (`bench.binaries` says what a score is), then the project's goals
+on sm_80 against what was got. ``--output`` keeps the numbers as JSON. A goal that is missed, and a
+register spilled in a kernel without dropout, end with status 1.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.progress import Progress
+
+from . import binaries
+from .loops import product_loops
+
+SOURCES = Path(__file__).parents[1] / "csrc"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+#: Head dims of each pass.
+PASSES = {"forward": (32, 64, 96, 128, 256), "backward": (32, 64, 96, 128)}
+ELEMENTS = {"bf16": "Bfloat16", "fp16": "Half"}
+#: Scores on sm_80 in bf16 without dropout: at most these. A backward pass has five products.
+GOALS = {
+    ("forward", 32): 2.50,
+    ("forward", 64): 1.50,
+    ("forward", 96): 1.52,
+    ("forward", 128): 1.42,
+    ("forward", 256): 1.29,
+    ("backward", 32): 2.20,
+    ("backward", 64): 1.60,
+    ("backward", 96): 1.57,
+    ("backward", 128): 1.45,
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One instantiation."""
+
+    which: str
+    head_dim: int
+    dtype: str
+    dropout: bool
+
+    @property
+    def source(self) -> str:
+        params = {"forward": "AttentionParams", "backward": "AttentionGradientParams"}[self.which]
+        config = f"{self.which.title()}Config<{ELEMENTS[self.dtype]}, {self.head_dim}>"
+        flag = str(self.dropout).lower()
+        return (
+            f'#include "attention/{self.which}_kernel.h"\n'
+            "namespace fuseformer {\n"
+            f"template __global__ void attention_{self.which}_kernel<{config}, {flag}>"
+            f"(const {params});\n"
+            "}\n"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.which} {self.dtype} {self.head_dim}{' dropout' * self.dropout}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the compiler made of a kernel."""
+
+    registers: int
+    spilled: int  # bytes per thread
+    score: float | None = None
+    edge_score: float | None = None
+
+
+def nvcc() -> str:
+    """Return the compiler of this environment's packages, else the one on the path."""
+    package = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "nvcc"
+    found = str(package) if package.exists() else shutil.which("nvcc")
+    if found is None:
+        raise SystemExit("bench cuda: no nvcc; pip install '.[cuda]' brings one")
+    return found
+
+
+def compile_kernel(kernel: Kernel, architecture: int, kind: str) -> bytes:
+    """Return the "cubin" or "ptx" of a kernel. Raises `RuntimeError` with what nvcc said."""
+    suffix = "a" if architecture in (90, 100, 120) else ""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "kernel.cu", Path(folder) / f"kernel.{kind}"
+        source.write_text(kernel.source)
+        command = [nvcc(), "-std=c++17", "-O3", f"-arch=sm_{architecture}{suffix}", f"-{kind}"]
+        command += [f"-I{SOURCES}", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        return target.read_bytes()
+
+
+def measure(kernel: Kernel, architecture: int) -> Result:
+    """Compile a kernel and read its binary."""
+    binary = compile_kernel(kernel, architecture, "cubin")
+    usage = binaries._read("cuobjdump", "-res-usage", binary=binary)
+    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    scores: list[float] = []
+    if architecture in binaries.MACS_PER_CYCLE:
+        rate = binaries.MACS_PER_CYCLE[architecture]
+        loops = product_loops(binaries.disassemble(binary))
+        scores = sorted(round(loop.cycles * rate / loop.macs, 3) for loop in loops)
+    return Result(
+        found["REG"],
+        found["STACK"] + found["LOCAL"],
+        scores[0] if scores else None,
+        scores[-1] if len(scores) > 1 else None,
+    )
+
+
+def kernels(dtypes: list[str]) -> list[Kernel]:
+    """Return every instantiation in these dtypes."""
+    return [
+        Kernel(which, dim, dtype, dropout)
+        for which, dims in PASSES.items()
+        for dim, dtype, dropout in itertools.product(dims, dtypes, (False, True))
+    ]
+
+
+def problems(results: dict[tuple[Kernel, int], Result]) -> list[str]:
+    """Return what the goals and the rule against spills find wrong."""
+    found = []
+    for (kernel, architecture), result in results.items():
+        if result.spilled and not kernel.dropout:
+            found.append(f"{kernel} on sm_{architecture}: {result.spilled} bytes spilled")
+        goal = GOALS.get((kernel.which, kernel.head_dim))
+        if architecture == 80 and not kernel.dropout and goal and (result.score or 9e9) > goal:
+            found.append(f"{kernel} on sm_80: score {result.score}, asked {goal}")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench cuda",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=[80])
+    parser.add_argument("--dtype", nargs="+", choices=ELEMENTS, default=["bf16"])
+    parser.add_argument("--workers", type=int, default=2, help="compilers at once (default 2)")
+    parser.add_argument("--output", type=Path, help="JSON")
+    asked = parser.parse_args(arguments)
+    work = list(itertools.product(kernels(asked.dtype), asked.arch))
+    with Progress() as progress, ThreadPoolExecutor(asked.workers) as pool:
+        task = progress.add_task("compiling", total=len(work))
+        results = {}
+        for key, result in zip(work, pool.map(lambda key: measure(*key), work), strict=True):
+            results[key] = result
+            progress.update(task, advance=1)
+    print(f"{'':34}{'regs':>5}{'spilled':>8}{'full':>8}{'edge':>8}{'ratio':>7}{'asked':>7}")
+    for (kernel, architecture), r in results.items():
+        ratio = r.edge_score / r.score if r.score and r.edge_score else None
+        goal = GOALS.get((kernel.which, kernel.head_dim))
+        goal = goal if architecture == 80 and not kernel.dropout else None
+        shown = [(r.score, 8, 3), (r.edge_score, 8, 3), (ratio, 7, 2), (goal, 7, 2)]
+        figures = "".join(f"{'' if f is None else f'{f:.{d}f}':>{w}}" for f, w, d in shown)
+        name = f"{kernel} sm_{architecture}"
+        print(f"{name:34}{r.registers:5}{r.spilled:8}{figures}")
+    if asked.output:
+        rows = [asdict(k) | {"sm": a} | asdict(r) for (k, a), r in results.items()]
+        asked.output.write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"wrote {asked.output}")
+    found = problems(results)
+    for problem in found:
+        print(f"FAULT {problem}", file=sys.stderr)
+    return 1 if found else 0
