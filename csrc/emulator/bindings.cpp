@@ -1,13 +1,8 @@
-// The emulator for Python: memory, options, what went wrong, and the launches that ship.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// The emulator with the attention kernels for Python: the launches that ship.
 #include "../attention/params.h"
 #include "../device/element.h"
 #include "../device/launch.h"
-#include "emulator.h"
-
-namespace py = pybind11;
+#include "python.h"
 
 namespace fuseformer {
 
@@ -30,47 +25,10 @@ void check(const char* failure) {
   if (failure != nullptr) throw std::invalid_argument(failure);
 }
 
-py::dict report() {
-  const emulator::Report taken = emulator::take_report();
-  py::dict counters;
-  counters["mma"] = taken.counters.mma;
-  counters["ldmatrix"] = taken.counters.ldmatrix;
-  counters["ldmatrix_conflicts"] = taken.counters.ldmatrix_conflicts;
-  counters["copies"] = taken.counters.copies;
-  counters["barriers"] = taken.counters.barriers;
-  counters["accesses"] = taken.counters.accesses;
-  py::dict found;
-  found["counters"] = counters;
-  found["errors"] = taken.errors;
-  return found;
-}
-
-void set_options(bool random_schedule, uint64_t seed, const std::string& landing,
-                 const std::string& rounding, int architecture) {
-  using emulator::Landing;
-  using emulator::Rounding;
-  const std::map<std::string, Landing> landings = {
-      {"late", Landing::kLate}, {"early", Landing::kEarly}, {"random", Landing::kRandom}};
-  const std::map<std::string, Rounding> roundings = {{"exact", Rounding::kExact},
-                                                     {"chained", Rounding::kChained},
-                                                     {"truncating", Rounding::kTruncating}};
-  emulator::options() = {random_schedule, seed, landings.at(landing), roundings.at(rounding),
-                         architecture};
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_emulator, m) {
-  m.def("allocate", [](size_t bytes, uintptr_t initial) {
-    return reinterpret_cast<uintptr_t>(
-        emulator::allocate(bytes, reinterpret_cast<const void*>(initial)));
-  });
-  m.def("copy", [](uintptr_t target, uintptr_t source, size_t bytes) {
-    std::memcpy(reinterpret_cast<void*>(target), reinterpret_cast<const void*>(source), bytes);
-  });
-  m.def("release_all", &emulator::release_all);
-  m.def("report", &report);
-  m.def("set_options", &set_options);
+  emulator::bind(m);
 
   py::class_<HeadTensor> tensor(m, "HeadTensor", py::module_local());
   tensor.def(py::init<>())

@@ -92,8 +92,8 @@ void run_thread() {
   (*the_kernel)();
   current->done = true;
   --block.live;
-  for (Barrier& barrier : block.barriers) {
-    if (!barrier.waiting.empty()) give_up("threads wait at a barrier that others have left out");
+  if (!block.barriers[0].waiting.empty()) {
+    give_up("threads wait at a barrier of the block that others have left");
   }
   if (Thread* next = next_ready()) switch_to(next);
   switch_to_launcher();

@@ -70,19 +70,25 @@ def compiled(source: Path, flags: Sequence[str], sources: Path = SOURCES) -> Pat
 
 
 def build(
-    mode: str, kernels: Path | None = None, *, sources: Path = SOURCES, runtime: Path = SOURCES
+    mode: str,
+    kernels: Path | None = None,
+    *,
+    bindings: str = "bindings",
+    sources: Path = SOURCES,
+    runtime: Path = SOURCES,
 ) -> ModuleType:
-    """Return the emulator with the kernels of a translation unit, all there are unless given.
+    """Return the emulator with the kernels of a translation unit, those of attention unless given.
 
-    The kernels' headers come from `sources`, the emulator from `runtime`: both may be changed
-    copies of the folder. Raises `RuntimeError` with what the compiler said.
+    `bindings` names the file of the emulator that offers them to Python. The kernels' headers come
+    from `sources`, the emulator from `runtime`: both may be changed copies of the folder. Raises
+    `RuntimeError` with what the compiler said.
     """
     kernels = kernels or sources / "emulator" / "attention_kernels.cpp"
     python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     objects = [
         compiled(kernels, MODES[mode], sources),
         *(compiled(runtime / "emulator" / f"{name}.cpp", ["-O2"], runtime) for name in RUNTIME),
-        compiled(SOURCES / "emulator" / "bindings.cpp", [*python, "-fvisibility=hidden"]),
+        compiled(SOURCES / "emulator" / f"{bindings}.cpp", [*python, "-fvisibility=hidden"]),
     ]
     names = [path.name for path in objects]
     # Two builds may be loaded at once: each calls its own functions.

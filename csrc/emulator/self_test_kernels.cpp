@@ -1,0 +1,257 @@
+#include <map>
+
+#include "../device/atomic.h"
+#include "../device/copy.h"
+#include "../device/launch.h"
+#include "../device/mma.h"
+#include "../device/philox.h"
+#include "../device/warp.h"
+#include "self_test.h"
+
+namespace fuseformer {
+namespace {
+
+template <typename T>
+const T* in(const SelfTest& test) {
+  return static_cast<const T*>(test.in);
+}
+
+template <typename T>
+T* out(const SelfTest& test) {
+  return static_cast<T*>(test.out);
+}
+
+template <typename T>
+T* shared() {
+  return reinterpret_cast<T*>(dynamic_shared());
+}
+
+// In: a[32][4], b[32][2], c[32][4] as the lanes hold them, in words. Out: d[32][4].
+template <typename Element>
+void mma(SelfTest test) {
+  const int lane = threadIdx.x;
+  const uint32_t* words = in<uint32_t>(test);
+  uint32_t a[4];
+  float d[4];
+  for (int i = 0; i < 4; ++i) {
+    a[i] = words[4 * lane + i];
+    d[i] = in<float>(test)[192 + 4 * lane + i];
+  }
+  mma_16x8x16<Element>(d, a, words[128 + 2 * lane], words[128 + 2 * lane + 1]);
+  for (int i = 0; i < 4; ++i) out<float>(test)[4 * lane + i] = d[i];
+}
+
+// Shared memory holds 32 rows of eight numbers, row r at r * value bytes; out: r[32][4].
+template <bool kTransposed>
+void ldmatrix(SelfTest test) {
+  const int lane = threadIdx.x;
+  unsigned char* row = dynamic_shared() + lane * test.value;
+  for (int i = 0; i < 8; ++i) reinterpret_cast<uint16_t*>(row)[i] = 8 * lane + i;
+  warp_barrier();
+  uint32_t r[4];
+  if (kTransposed) {
+    ldmatrix_x4_transposed(r, shared_address(row));
+  } else {
+    ldmatrix_x4(r, shared_address(row));
+  }
+  for (int i = 0; i < 4; ++i) out<uint32_t>(test)[4 * lane + i] = r[i];
+}
+
+void shuffle(SelfTest test) {
+  out<float>(test)[threadIdx.x] = shuffle_xor(static_cast<float>(threadIdx.x), test.value);
+}
+
+// In: pairs of floats, out: packed words.
+template <typename Element>
+void packing(SelfTest test) {
+  const int i = blockIdx.x * 32 + threadIdx.x;
+  out<uint32_t>(test)[i] = pack<Element>(in<float>(test)[2 * i], in<float>(test)[2 * i + 1]);
+}
+
+// Out: the number of each 16-bit pattern.
+template <typename Element>
+void widening(SelfTest test) {
+  const int i = blockIdx.x * 32 + threadIdx.x;
+  out<float>(test)[i] = to_float(Element{static_cast<uint16_t>(i)});
+}
+
+// Two groups of one copy each; waits until `value` are on their way, and reads the first one.
+void copy_groups(SelfTest test) {
+  const int thread = threadIdx.x;
+  const uint32_t* source = in<uint32_t>(test) + 4 * thread;
+  copy_async_16(shared_address(shared<uint32_t>() + 4 * thread), source);
+  copy_async_commit();
+  copy_async_16_or_zero(shared_address(shared<uint32_t>() + 128 + 4 * thread), source, false);
+  copy_async_commit();
+  copy_async_wait_for(test.value);
+  for (int i = 0; i < 4; ++i) {
+    out<uint32_t>(test)[8 * thread + i] = shared<uint32_t>()[4 * thread + i];
+  }
+  copy_async_wait<0>();
+  for (int i = 0; i < 4; ++i) {
+    out<uint32_t>(test)[8 * thread + 4 + i] = shared<uint32_t>()[128 + 4 * thread + i];
+  }
+}
+
+// The first warp writes, the second reads behind a named barrier of both, the third takes no part.
+void named(SelfTest test) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp == 0) shared<int>()[lane] = lane;
+  if (warp < 2) named_barrier(1 + test.value, 64);
+  if (warp == 1) out<int>(test)[lane] = shared<int>()[31 - lane];
+}
+
+void sums(SelfTest test) { atomic_add(out<float>(test), 1.0f); }
+
+void turns(SelfTest test) {
+  if (threadIdx.x == 0) wait_for_turn(out<int>(test), blockIdx.x + test.value);
+  block_barrier();
+  if (threadIdx.x == 0) pass_turn(out<int>(test));
+}
+
+void philox_words(SelfTest test) {
+  uint32_t words[4];
+  const uint32_t* given = in<uint32_t>(test);
+  philox(words, {given[0], given[1]}, given[2], given[3], given[4], given[5]);
+  for (int i = 0; i < 4; ++i) out<uint32_t>(test)[i] = words[i];
+}
+
+// Mistakes. `out` holds 32 ints, `in` 32 ints.
+
+void read_past_global(SelfTest test) {
+  out<int>(test)[threadIdx.x] = in<int>(test)[threadIdx.x + (threadIdx.x == 31)];
+}
+
+void write_past_global(SelfTest test) { out<int>(test)[threadIdx.x + 1] = 0; }
+
+void read_past_shared(SelfTest test) {
+  shared<int>()[threadIdx.x] = 0;
+  out<int>(test)[threadIdx.x] = shared<int>()[threadIdx.x == 5 ? 1024 : threadIdx.x];
+}
+
+void write_past_shared(SelfTest) { shared<int>()[threadIdx.x + 1023] = 0; }
+
+void copy_past_shared(SelfTest test) {
+  copy_async_16(shared_address(shared<int>() + 1024), test.in);
+  copy_async_wait<0>();
+}
+
+void copy_past_global(SelfTest test) {
+  copy_async_16(shared_address(shared<int>()), in<int>(test) + 32);
+  copy_async_wait<0>();
+}
+
+void copy_misaligned(SelfTest test) {
+  copy_async_16(shared_address(shared<int>()), in<int>(test) + 1);
+}
+
+void ldmatrix_past_shared(SelfTest) {
+  shared<int>()[threadIdx.x] = 0;
+  uint32_t r[4];
+  ldmatrix_x4(r, shared_address(shared<int>() + 1024));
+}
+
+void misaligned(SelfTest test) {
+  const auto* between = reinterpret_cast<const int*>(in<char>(test) + 2);
+  out<int>(test)[threadIdx.x] = threadIdx.x == 0 ? *between : 0;
+}
+
+void uninitialised_shared(SelfTest test) {
+  out<int>(test)[threadIdx.x] = shared<int>()[threadIdx.x];
+}
+
+void uninitialised_global(SelfTest test) {
+  shared<int>()[threadIdx.x] = out<int>(test)[threadIdx.x];
+}
+
+void race_of_writes(SelfTest) { shared<int>()[0] = threadIdx.x; }
+
+// Correct with both barriers; `value` 1 leaves out the first, 2 the second.
+void exchange(SelfTest test) {
+  for (int round = 0; round < 2; ++round) {
+    shared<int>()[threadIdx.x] = threadIdx.x + round;
+    if (test.value != 1) block_barrier();
+    out<int>(test)[threadIdx.x] = shared<int>()[63 - threadIdx.x];
+    if (test.value != 2) block_barrier();
+  }
+}
+
+void race_of_blocks(SelfTest test) { out<int>(test)[threadIdx.x] = blockIdx.x; }
+
+void read_in_flight(SelfTest test) {
+  const int thread = threadIdx.x;
+  copy_async_16(shared_address(shared<int>() + 4 * thread), in<int>(test) + thread % 8 * 4);
+  copy_async_commit();
+  out<int>(test)[thread] = shared<int>()[4 * thread];
+}
+
+void divergent(SelfTest test) {
+  float x = 0;
+  if (threadIdx.x < 16) {
+    x = shuffle_xor(1.0f, 1);
+  } else {
+    warp_barrier();
+  }
+  out<float>(test)[threadIdx.x] = x;
+}
+
+void left_barrier(SelfTest) {
+  if (threadIdx.x < 32) return;
+  block_barrier();
+}
+
+void deadlock(SelfTest) {
+  if (threadIdx.x < 32) named_barrier(1, 64);
+}
+
+struct Entry {
+  void (*kernel)(SelfTest);
+  unsigned blocks, threads;
+};
+
+const std::map<std::string, Entry> kTests = {
+    {"mma_bf16", {mma<Bfloat16>, 1, 32}},
+    {"mma_fp16", {mma<Half>, 1, 32}},
+    {"ldmatrix", {ldmatrix<false>, 1, 32}},
+    {"ldmatrix_transposed", {ldmatrix<true>, 1, 32}},
+    {"shuffle", {shuffle, 1, 32}},
+    {"pack_bf16", {packing<Bfloat16>, 8, 32}},
+    {"pack_fp16", {packing<Half>, 8, 32}},
+    {"widen_bf16", {widening<Bfloat16>, 2048, 32}},
+    {"widen_fp16", {widening<Half>, 2048, 32}},
+    {"copy_groups", {copy_groups, 1, 32}},
+    {"named", {named, 1, 96}},
+    {"sums", {sums, 4, 64}},
+    {"turns", {turns, 4, 32}},
+    {"philox", {philox_words, 1, 32}},
+    {"read_past_global", {read_past_global, 1, 32}},
+    {"write_past_global", {write_past_global, 1, 32}},
+    {"read_past_shared", {read_past_shared, 1, 32}},
+    {"write_past_shared", {write_past_shared, 1, 32}},
+    {"copy_past_shared", {copy_past_shared, 1, 32}},
+    {"copy_past_global", {copy_past_global, 1, 32}},
+    {"copy_misaligned", {copy_misaligned, 1, 32}},
+    {"ldmatrix_past_shared", {ldmatrix_past_shared, 1, 32}},
+    {"misaligned", {misaligned, 1, 32}},
+    {"uninitialised_shared", {uninitialised_shared, 1, 32}},
+    {"uninitialised_global", {uninitialised_global, 1, 32}},
+    {"race_of_writes", {race_of_writes, 1, 32}},
+    {"exchange", {exchange, 1, 64}},
+    {"race_of_blocks", {race_of_blocks, 2, 32}},
+    {"read_in_flight", {read_in_flight, 1, 32}},
+    {"divergent", {divergent, 1, 32}},
+    {"left_barrier", {left_barrier, 1, 64}},
+    {"deadlock", {deadlock, 1, 64}},
+};
+
+}  // namespace
+
+bool run_self_test(const std::string& name, const SelfTest& test) {
+  const auto found = kTests.find(name);
+  if (found == kTests.end()) return false;
+  launch_kernel(found->second.kernel, found->second.blocks, found->second.threads, 4096, Stream(),
+                test);
+  return true;
+}
+
+}  // namespace fuseformer
