@@ -26,8 +26,12 @@ from .loops import product_loops
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-#: Head dims of each pass.
-PASSES = {"forward": (32, 64, 96, 128, 256), "backward": (32, 64, 96, 128)}
+#: Head dims of each pass, and of the backward with other tiles where there is less shared memory.
+PASSES = {
+    ("forward", False): (32, 64, 96, 128, 256),
+    ("backward", False): (32, 64, 96, 128),
+    ("backward", True): (96, 128),
+}
 ELEMENTS = {"bf16": "Bfloat16", "fp16": "Half"}
 #: Scores on sm_80 in bf16 without dropout: at most these. A backward pass has five products.
 GOALS = {
@@ -51,11 +55,13 @@ class Kernel:
     head_dim: int
     dtype: str
     dropout: bool
+    small: bool = False  # with the tiles for GPUs that have little shared memory
 
     @property
     def source(self) -> str:
         params = {"forward": "AttentionParams", "backward": "AttentionGradientParams"}[self.which]
-        config = f"{self.which.title()}Config<{ELEMENTS[self.dtype]}, {self.head_dim}>"
+        name = f"{'Small' * self.small}{self.which.title()}Config"
+        config = f"{name}<{ELEMENTS[self.dtype]}, {self.head_dim}>"
         flag = str(self.dropout).lower()
         return (
             f'#include "attention/{self.which}_kernel.h"\n'
@@ -66,7 +72,8 @@ class Kernel:
         )
 
     def __str__(self) -> str:
-        return f"{self.which} {self.dtype} {self.head_dim}{' dropout' * self.dropout}"
+        options = " small" * self.small + " dropout" * self.dropout
+        return f"{self.which} {self.dtype} {self.head_dim}{options}"
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,8 @@ def measure(kernel: Kernel, architecture: int) -> Result:
 def kernels(dtypes: list[str]) -> list[Kernel]:
     """Return every instantiation in these dtypes."""
     return [
-        Kernel(which, dim, dtype, dropout)
-        for which, dims in PASSES.items()
+        Kernel(which, dim, dtype, dropout, small)
+        for (which, small), dims in PASSES.items()
         for dim, dtype, dropout in itertools.product(dims, dtypes, (False, True))
     ]
 

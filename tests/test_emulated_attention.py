@@ -82,6 +82,16 @@ def test_no_access_is_wrong_in_any_order(case, landing, shadow):
     assert shadow.counters["accesses"] > 0
 
 
+@pytest.mark.parametrize("architecture", [86, 89, 120])
+@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_tiles_for_less_shared_memory(head_dim, architecture, dropout_p, shadow):
+    shadow.emulator.set_options(True, 2, "random", "exact", architecture)
+    case = Case((2, 1), (113, 170), head_dim, BF16, "bottom_right", dropout_p, window=(90, -1))
+    check_dense(shadow, case)
+    check_packed(shadow, ((70, 33), (0, 5), (3, 90)), head_dim, FP16, "none", dropout_p, 5)
+
+
 @pytest.mark.parametrize("causal", ["none", "top_left", "bottom_right"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_packed_sequences(causal, dropout_p, plain):

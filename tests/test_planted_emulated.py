@@ -23,6 +23,14 @@ const char* attention_backward<Bfloat16>(const AttentionGradientParams& given, i
   return backward_of<Bfloat16, 64>(given, stream);
 }
 template <>
+int backward_step_rows<Bfloat16>(int) {
+  return BackwardConfig<Bfloat16, 64>::kBlockM;
+}
+template <>
+int backward_step_rows<Half>(int) {
+  return 0;
+}
+template <>
 const char* attention_forward<Half>(const AttentionParams&, int, Stream) { return "not built"; }
 template <>
 const char* attention_backward<Half>(const AttentionGradientParams&, int, Stream) {

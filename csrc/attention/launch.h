@@ -43,11 +43,25 @@ const char* forward_of(const AttentionParams& params, Stream stream) {
                      : launch_forward<Traits, false>(params, stream);
 }
 
+// Calls `launch` with the backward traits of the current device, as a value of their type.
+template <typename Element, int kHeadDim, typename Function>
+auto with_backward_traits(Function&& launch) {
+  using Large = BackwardConfig<Element, kHeadDim>;
+  if constexpr (Large::kSharedBytes > kLeastShared) {
+    using Small = SmallBackwardConfig<Element, kHeadDim>;
+    static_assert(Small::kSharedBytes <= kLeastShared);
+    if (shared_limit() < Large::kSharedBytes) return launch(Small());
+  }
+  return launch(Large());
+}
+
 template <typename Element, int kHeadDim>
 const char* backward_of(const AttentionGradientParams& given, Stream stream) {
-  using Traits = BackwardConfig<Element, kHeadDim>;
-  return given.forward.seed ? launch_backward<Traits, true>(given, stream)
-                            : launch_backward<Traits, false>(given, stream);
+  return with_backward_traits<Element, kHeadDim>([&](auto traits) {
+    using Traits = decltype(traits);
+    return given.forward.seed ? launch_backward<Traits, true>(given, stream)
+                              : launch_backward<Traits, false>(given, stream);
+  });
 }
 
 // The list of what is instantiated. Returns null, or why nothing was started.
@@ -66,6 +80,25 @@ const char* attention_forward(const AttentionParams& params, int head_dim, Strea
       return forward_of<Element, 256>(params, stream);
     default:
       return "no forward kernel of this head dim";
+  }
+}
+
+// The queries of a step of the backward pass, of which workspaces hold whole ones; 0 if there is
+// none.
+template <typename Element>
+int backward_step_rows(int head_dim) {
+  const auto rows = [](auto traits) { return decltype(traits)::kBlockM; };
+  switch (head_dim) {
+    case 32:
+      return with_backward_traits<Element, 32>(rows);
+    case 64:
+      return with_backward_traits<Element, 64>(rows);
+    case 96:
+      return with_backward_traits<Element, 96>(rows);
+    case 128:
+      return with_backward_traits<Element, 128>(rows);
+    default:
+      return 0;
   }
 }
 

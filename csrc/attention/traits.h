@@ -1,10 +1,14 @@
 // Tile sizes of the attention kernels: they live here alone, Python asks for them.
 //
 // A warp owns whole rows, 16 or 32 of them: with 32 each fragment of keys or values that it loads
-// feeds two products. Shared memory stays below 99 KiB, which is what sm_86, sm_89 and sm_120 have.
+// feeds two products.
 #pragma once
 
 namespace fuseformer {
+
+// The shared memory that a block may have on every GPU from sm_80 on: sm_86, sm_89 and sm_120 have
+// no more.
+constexpr int kLeastShared = 99 * 1024;
 
 template <typename Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kWarps_, int kStages_>
 struct ForwardTraits {
@@ -18,6 +22,7 @@ struct ForwardTraits {
   static constexpr int kRowTiles = kBlockM / kWarps / 16;  // sixteens of rows that a warp owns
   static constexpr int kSharedBytes = 2 * kHeadDim * (kBlockM + 2 * kStages * kBlockN);
   static_assert(kRowTiles * kWarps * 16 == kBlockM && kBlockN % 32 == 0 && kHeadDim % 32 == 0);
+  static_assert(kSharedBytes <= kLeastShared);
 };
 
 // One buffer of keys and values at head dim 256: two would leave steps of 32 keys, and the output,
@@ -66,5 +71,13 @@ template <typename Element>
 struct BackwardConfig<Element, 96> : BackwardTraits<Element, 96, 64, 128, 2> {};
 template <typename Element>
 struct BackwardConfig<Element, 128> : BackwardTraits<Element, 128, 64, 128, 2> {};
+
+// What fits into kLeastShared where those above do not.
+template <typename Element, int kHeadDim>
+struct SmallBackwardConfig;
+template <typename Element>
+struct SmallBackwardConfig<Element, 96> : BackwardTraits<Element, 96, 64, 64, 2> {};
+template <typename Element>
+struct SmallBackwardConfig<Element, 128> : BackwardTraits<Element, 128, 32, 128, 1> {};
 
 }  // namespace fuseformer

@@ -17,6 +17,18 @@ using Stream = cudaStream_t;
 struct Stream {};
 #endif
 
+// The bytes of shared memory that a block may have on the current device.
+inline int shared_limit() {
+#if defined(__CUDACC__)
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+#else
+  return emulator::shared_limit();
+#endif
+}
+
 // Starts `blocks` blocks of a kernel; nothing for none. Returns null, or what the driver says of
 // it.
 template <typename Params>

@@ -7,5 +7,7 @@ template const char* attention_forward<Bfloat16>(const AttentionParams&, int, St
 template const char* attention_forward<Half>(const AttentionParams&, int, Stream);
 template const char* attention_backward<Bfloat16>(const AttentionGradientParams&, int, Stream);
 template const char* attention_backward<Half>(const AttentionGradientParams&, int, Stream);
+template int backward_step_rows<Bfloat16>(int);
+template int backward_step_rows<Half>(int);
 
 }  // namespace fuseformer

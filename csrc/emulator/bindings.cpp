@@ -10,6 +10,8 @@ template <typename Element>
 const char* attention_forward(const AttentionParams& params, int head_dim, Stream stream);
 template <typename Element>
 const char* attention_backward(const AttentionGradientParams& given, int head_dim, Stream stream);
+template <typename Element>
+int backward_step_rows(int head_dim);
 
 namespace {
 
@@ -77,6 +79,9 @@ PYBIND11_MODULE(_emulator, m) {
   pointer(gradients, "dq_turns", &AttentionGradientParams::dq_turns);
 
   m.attr("NO_WINDOW") = kNoWindow;
+  m.def("backward_step_rows", [](int head_dim, bool bf16) {
+    return bf16 ? backward_step_rows<Bfloat16>(head_dim) : backward_step_rows<Half>(head_dim);
+  });
   m.def("attention_forward", [](const AttentionParams& params, int head_dim, bool bf16) {
     check(bf16 ? attention_forward<Bfloat16>(params, head_dim, Stream())
                : attention_forward<Half>(params, head_dim, Stream()));

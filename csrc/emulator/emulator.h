@@ -40,6 +40,10 @@ struct Report {
 
 Options& options();
 
+// The bytes of shared memory that a block may have on the architecture of the options; 0 if there
+// is no such architecture.
+int shared_limit();
+
 // What launches did since the last call.
 Report take_report();
 

@@ -152,20 +152,18 @@ void run_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes) {
 }
 
 bool within_limits(dim3 grid, dim3 size, size_t shared_bytes) {
-  const std::map<int, size_t> shared_kib = {{80, 163}, {86, 99},   {89, 99},
-                                            {90, 227}, {100, 227}, {120, 99}};
-  const auto found = shared_kib.find(the_options.architecture);
+  const size_t limit = shared_limit();
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
   std::ostringstream text;
-  if (found == shared_kib.end()) {
+  if (limit == 0) {
     text << "no such architecture: sm_" << the_options.architecture;
   } else if (threads < 1 || threads > 1024) {
     text << "a block of " << threads << " threads: 1 to 1,024 can be launched";
   } else if (threads % 32) {
     text << "a block of " << threads << " threads: the emulator wants whole warps";
-  } else if (shared_bytes > found->second * 1024) {
-    text << shared_bytes << " bytes of shared memory: sm_" << found->first << " has "
-         << found->second * 1024;
+  } else if (shared_bytes > limit) {
+    text << shared_bytes << " bytes of shared memory: sm_" << the_options.architecture << " has "
+         << limit;
   } else if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 ||
              grid.z > 65535) {
     text << "a grid of " << grid.x << " x " << grid.y << " x " << grid.z << " blocks";
@@ -179,6 +177,22 @@ bool within_limits(dim3 grid, dim3 size, size_t shared_bytes) {
 }  // namespace
 
 Options& options() { return the_options; }
+
+int shared_limit() {
+  switch (the_options.architecture) {
+    case 80:
+      return 163 * 1024;
+    case 86:
+    case 89:
+    case 120:
+      return 99 * 1024;
+    case 90:
+    case 100:
+      return 227 * 1024;
+    default:
+      return 0;
+  }
+}
 
 Report take_report() {
   Report taken;

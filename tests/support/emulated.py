@@ -151,8 +151,9 @@ class Kernels:
         call: SimpleNamespace,
         *,
         deterministic: bool = True,
-        block_m: int = 64,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        bf16, head_dim = q.dtype == torch.bfloat16, q.shape[-1]
+        block_m = self.emulator.backward_step_rows(head_dim, bf16)
         packed = call.packing is not None
         fill = 0.0 if packed else float("nan")
         dq, dk, dv = (torch.full_like(x, fill) for x in (q, k, v))
@@ -160,7 +161,7 @@ class Kernels:
             rows = (q.shape[0] // block_m + len(call.packing[0]) - 1) * block_m
         else:
             rows = q.shape[0] * -(-q.shape[2] // block_m) * block_m
-        heads, head_dim = q.shape[1], q.shape[-1]
+        heads = q.shape[1]
         lse_log2, delta = torch.empty(heads, rows), torch.empty(heads, rows)
         sums = torch.zeros(heads, rows * head_dim)
         turns = torch.zeros(heads, max(rows // block_m, 1), dtype=torch.int32)
@@ -184,7 +185,7 @@ class Kernels:
             if deterministic:
                 given.dq_turns = memory.place(turns)
             given.workspace_rows = rows
-            self.emulator.attention_backward(given, head_dim, q.dtype == torch.bfloat16)
+            self.emulator.attention_backward(given, head_dim, bf16)
             memory.fetch(dq, dk, dv)
         return dq, dk, dv
 
