@@ -213,6 +213,20 @@ BUGS = {
         PLAIN,
         "does not come",
     ),
+    "backward: no turn is waited for": (
+        BACKWARD,
+        "if (turns != nullptr && thread == 0) {",
+        "if (false) {",
+        PLAIN,
+        "not waited for",
+    ),
+    "backward: the last turn is not passed on": (
+        BACKWARD,
+        "    block_barrier();\n    if (turns != nullptr && thread == 0)",
+        "    block_barrier();\n    if (false)",
+        PLAIN,
+        "does not come",
+    ),
     "backward: delta is left out": (
         BACKWARD,
         "kDropout ? 0.0f : -row_values[kBlockM + 8 * i + j % 2]",

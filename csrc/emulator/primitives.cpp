@@ -157,19 +157,23 @@ void atomic_add(float* target, float x) {
   *target += x;
 }
 
-// Blocks run one after the other: the turn has come by now, or it never will.
+// Blocks run one after the other: the turn has come by now, or it never will. For the same reason
+// sums of blocks that do not wait would come out in order: whoever passes a turn on must have
+// waited for it.
 void wait_for_turn(const int* counter, int value) {
   if (!in_global(counter, 4)) give_up("out of bounds: turn beside all allocations");
   if (*counter != value) {
     give_up("the turn " + std::to_string(value) + " does not come: it is that of " +
             std::to_string(*counter));
   }
+  block.turns.insert(counter);
 }
 
 void publish() {}
 
 void pass_turn(int* counter) {
   if (!in_global(counter, 4)) give_up("out of bounds: turn beside all allocations");
+  if (!block.turns.erase(counter)) error("a turn is passed on that was not waited for", CALLER);
   ++*counter;
 }
 

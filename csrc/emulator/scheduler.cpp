@@ -137,6 +137,7 @@ void run_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes) {
   block.threads.resize(count);
   block.warps.assign((count + 31) / 32, Warp());
   for (Barrier& barrier : block.barriers) barrier.waiting.clear();
+  block.turns.clear();
   block.shared_bytes = shared_bytes;
   block.shared = new_shared(shared_bytes);
   for (int i = count - 1; i >= 0; --i) {
@@ -149,6 +150,7 @@ void run_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes) {
   switch_to(next_ready());
   current = nullptr;
   if (block.live && !gave_up) describe_deadlock();
+  if (!block.turns.empty() && !gave_up) error("a block ends without passing on its turn");
 }
 
 bool within_limits(dim3 grid, dim3 size, size_t shared_bytes) {

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <deque>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -47,6 +48,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[16];
+  std::set<const int*> turns;  // that this block has waited for and not passed on
   int live = 0;
   uint64_t number = 0;  // counted over all launches
   char* shared = nullptr;
