@@ -9,6 +9,27 @@ namespace fuseformer {
 
 constexpr int kRowThreads = 128;
 
+// The step of queries that a block of a grid of (steps * heads * batch,) takes.
+struct QueryStep {
+  int batch;
+  int head;
+  int row;           // the first one, in its sequence
+  int64_t work_row;  // the same in the workspaces
+};
+
+template <int kBlockM>
+FUSEFORMER_DEVICE QueryStep query_step(const AttentionGradientParams& given, int index) {
+  const AttentionParams& params = given.forward;
+  const int steps = (params.queries + kBlockM - 1) / kBlockM;
+  QueryStep step;
+  step.batch = index / (steps * params.heads);
+  step.head = index / steps % params.heads;
+  step.row = index % steps * kBlockM;
+  step.work_row = static_cast<int64_t>(step.head) * given.workspace_rows +
+                  workspace_row<kBlockM>(params, step.batch) + step.row;
+  return step;
+}
+
 // Computes delta = rowsum(dout * out) - dlse and the lse in units of exp2. A row that sees nothing,
 // or does not exist, gets an lse of +inf and delta 0: its probabilities come out as 0.
 //
@@ -19,14 +40,11 @@ __global__ void __launch_bounds__(kRowThreads)
   using Element = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM;
   const AttentionParams& params = given.forward;
-  const int steps = (params.queries + kBlockM - 1) / kBlockM;
-  const int batch = blockIdx.x / (steps * params.heads);
-  const int head = blockIdx.x / steps % params.heads;
-  const int step_row = static_cast<int>(blockIdx.x) % steps * kBlockM;
+  const QueryStep step = query_step<kBlockM>(given, blockIdx.x);
+  const int batch = step.batch, head = step.head, step_row = step.row;
+  const int64_t work_row = step.work_row;
   const Sequence sequence = sequence_of(params, batch);
   if (step_row >= sequence.queries) return;
-  const int64_t work_row = static_cast<int64_t>(head) * given.workspace_rows +
-                           workspace_row<kBlockM>(params, batch) + step_row;
   const auto row_of = [&](const HeadTensor& tensor, int row) {
     return static_cast<const Element*>(tensor.data) + batch * tensor.batch_stride +
            head * tensor.head_stride + (sequence.first_query + row) * tensor.row_stride;
@@ -76,14 +94,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using Element = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM, kRowTiles = kBlockM / 16;
   const AttentionParams& params = given.forward;
-  const int steps = (params.queries + kBlockM - 1) / kBlockM;
-  const int batch = blockIdx.x / (steps * params.heads);
-  const int head = blockIdx.x / steps % params.heads;
-  const int step_row = static_cast<int>(blockIdx.x) % steps * kBlockM;
+  const QueryStep step = query_step<kBlockM>(given, blockIdx.x);
+  const int batch = step.batch, head = step.head, step_row = step.row;
+  const int64_t work_row = step.work_row;
   const Sequence sequence = sequence_of(params, batch);
   if (step_row >= sequence.queries) return;
-  const int64_t work_row = static_cast<int64_t>(head) * given.workspace_rows +
-                           workspace_row<kBlockM>(params, batch) + step_row;
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const float* sums = given.dq_sums + work_row * Traits::kHeadDim + thread;
