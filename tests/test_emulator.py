@@ -1,5 +1,6 @@
 """The emulator of CUDA C++ kernels: what its instructions compute, and each mistake it must see."""
 
+import re
 import shutil
 
 import numpy as np
@@ -111,6 +112,28 @@ def check_conflicts(emulator):
     for stride, conflicts in ((16, 0), (32, 4), (128, 28)):
         _, counters, _ = run(emulator, "ldmatrix", out=np.zeros(128, np.uint32), value=stride)
         assert counters["ldmatrix_conflicts"] == conflicts
+
+
+def check_conflicts_of_one_row(emulator):
+    """What several lanes point to is read once."""
+    _, counters, errors = run(emulator, "ldmatrix_of_one_row", out=np.zeros(32, np.uint32))
+    assert not errors
+    assert counters["ldmatrix_conflicts"] == 0
+
+
+def check_plain_conflicts(emulator):
+    """Bank cycles of 32 words of four bytes, and of four times eight of sixteen."""
+    cycles = {4: 0, 8: 1, 32: 7, 128: 31, -16: 0, -32: 4, -128: 28, 0: 0}
+    for stride, conflicts in cycles.items():
+        _, counters, errors = run(emulator, "plain_conflicts", value=stride)
+        assert not errors
+        assert counters["shared_conflicts"] == conflicts, stride
+
+
+def check_registers(emulator):
+    """What a kernel has not set is no number, whichever block has had the stack before."""
+    out, _, _ = run(emulator, "accumulator_not_set", out=np.zeros(12, np.float32))
+    assert np.isnan(out).all()
 
 
 def check_shuffle(emulator):
@@ -231,6 +254,9 @@ def test_ldmatrix(emulator, transposed):
 
 CHECKS = [
     check_conflicts,
+    check_conflicts_of_one_row,
+    check_plain_conflicts,
+    check_registers,
     check_shuffle,
     check_conversions,
     check_copy_groups,
@@ -263,12 +289,20 @@ MISTAKES = {
     "misaligned": "misaligned access to global memory",
     "uninitialised_shared": "read of shared memory that nobody has written",
     "uninitialised_global": "read of global memory that nobody has written",
-    "race_of_writes": "race: write of shared memory that thread",
+    "race_of_writes": "race: write of shared memory that another thread writes",
     "race_of_blocks": "race: write of global memory that another block writes",
     "read_in_flight": "read where an asynchronous copy is on its way",
     "divergent": "divergent warp",
     "left_barrier": "have left",
     "deadlock": "deadlock: 32 threads wait for a named barrier",
+    "race_of_blocks_that_read": "race: write of global memory that another block reads",
+    "sum_of_uninitialised": "read of global memory that nobody has written",
+    "copies_to_one_place": "asynchronous copy to where another is on its way",
+    "barrier_of_no_such_number": "barrier 16 of 32 threads",
+    "barrier_of_two_sizes": "threads, where others wait for",
+    "wild_pointer": "fault: access to address",
+    "division_by_zero": "fault: ",
+    "index_past_registers": "fault: undefined behaviour",
 }
 
 
@@ -277,6 +311,17 @@ MISTAKES = {
 def test_a_mistake_is_seen(emulator, name, random):
     _, _, errors = run(emulator, name, random=random)
     assert MISTAKES[name] in errors
+    # Whatever happens to the block, the next launch is none the worse for it.
+    check_shuffle(emulator)
+
+
+def test_an_error_names_its_thread_and_is_counted(emulator):
+    _, _, errors = run(emulator, "race_of_writes")
+    (line,) = errors.splitlines()
+    named = r"another thread writes \(thread \d+\) by thread \d+ of block \(0, 0, 0\) at \+0x"
+    assert re.search(named, line)
+    emulator.run("race_of_writes", 0, 0, 0)
+    assert list(emulator.report()["errors"].values()) == [31]
 
 
 @pytest.mark.parametrize(
@@ -349,8 +394,8 @@ MUTANTS = {
     ),
     "nobody looks whether memory was written": (
         "memory.cpp",
-        "if (reads && (word.initialised & touched) != touched)",
-        "if (false)",
+        "(word.initialised & touched) != touched)",
+        "false)",
     ),
     "races are overlooked": (
         "memory.cpp",
@@ -361,6 +406,41 @@ MUTANTS = {
         "memory.cpp",
         "reinterpret_cast<uintptr_t>(first) % bytes)",
         "reinterpret_cast<uintptr_t>(first) % 1)",
+    ),
+    "registers start at 0": (
+        "scheduler.cpp",
+        "kPoisonedBytes, 0xff,",
+        "kPoisonedBytes, 0,",
+    ),
+    "the readers of other blocks are forgotten": (
+        "memory.cpp",
+        "word.other_read_block = word.read_block;",
+        "word.other_read_block = 0;",
+    ),
+    "sums may begin with anything": (
+        "memory.cpp",
+        "(reads || access == Access::kAtomic)",
+        "reads",
+    ),
+    "two copies to one place are overlooked": (
+        "memory.cpp",
+        "word.copies_on_the_way && access == Access::kCopyBegins",
+        "word.copies_on_the_way > 9 && access == Access::kCopyBegins",
+    ),
+    "lanes that read one word are in each other's way": (
+        "bank_conflicts.cpp",
+        "    wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());\n",
+        "",
+    ),
+    "sixteen bytes are served like four": (
+        "bank_conflicts.cpp",
+        "static_cast<int>(kBanks / words)",
+        "kBanks",
+    ),
+    "barriers of two sizes are one": (
+        "scheduler.cpp",
+        "!barrier.waiting.empty() && barrier.expected != threads",
+        "false",
     ),
     "copies on their way are overlooked": (
         "memory.cpp",

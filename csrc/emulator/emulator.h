@@ -28,6 +28,7 @@ struct Counters {
   uint64_t mma = 0;
   uint64_t ldmatrix = 0;
   uint64_t ldmatrix_conflicts = 0;  // bank cycles beyond the one that each 8 x 8 matrix takes
+  uint64_t shared_conflicts = 0;    // the same of plain accesses, where kernels are instrumented
   uint64_t copies = 0;              // of 16 bytes
   uint64_t barriers = 0;
   uint64_t accesses = 0;  // plain ones, counted where the kernel is instrumented

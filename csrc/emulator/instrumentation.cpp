@@ -2,16 +2,29 @@
 // comes by here. The library that usually answers them is not linked. And errors, with their lines.
 #include <dlfcn.h>
 
-#include <cstdio>
 #include <sstream>
+#include <utility>
 
 #include "state.h"
 
 namespace fuseformer::emulator {
 
-void error(const std::string& what, const void* pc) {
+void error(const std::string& what, const void* pc, const std::string& detail) {
+  static std::map<std::pair<std::string, const void*>, std::string> texts;
+  if (report.errors.empty()) texts.clear();  // those of a report that was taken
+  std::string& known = texts[{what, pc}];
+  if (!known.empty()) {
+    ++report.errors[known];
+    return;
+  }
   std::ostringstream text;
   text << what;
+  if (!detail.empty()) text << " (" << detail << ")";
+  if (current != nullptr) {
+    const dim3 at = current->place.block;
+    text << " by thread " << current->number << " of block (" << at.x << ", " << at.y << ", "
+         << at.z << ")";
+  }
   Dl_info info;
   if (pc != nullptr && dladdr(pc, &info) && info.dli_fbase) {
     // The call, not where it returns to. Whoever reads the report finds the line of the offset.
@@ -19,7 +32,8 @@ void error(const std::string& what, const void* pc) {
         reinterpret_cast<uintptr_t>(pc) - reinterpret_cast<uintptr_t>(info.dli_fbase) - 1;
     text << " at +0x" << std::hex << offset << std::dec;
   }
-  ++report.errors[text.str()];
+  known = text.str();
+  ++report.errors[known];
 }
 
 namespace {
@@ -28,6 +42,7 @@ void plain_access(const void* address, size_t bytes, bool writes, const void* pc
   if (current == nullptr) return;  // the host's own part of the file
   ++report.counters.accesses;
   check_access(address, bytes, writes ? Access::kWrite : Access::kRead, pc);
+  if (in_shared(address, bytes)) note_shared_access(address, bytes, pc);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <new>
 
 #include "../device/platform.h"
 #include "state.h"
@@ -26,6 +27,7 @@ struct Word {
   uint32_t read_clock = 0;
   uint64_t write_block = 0;
   uint64_t read_block = 0;
+  uint64_t other_read_block = 0;  // that has read it before this one did
   int32_t writer = 0;
   int32_t reader = 0;
   std::unique_ptr<Clocks> readers;  // of this block, where there is more than one
@@ -52,7 +54,10 @@ void reserve() {
   if (arena != nullptr) return;
   arena = static_cast<char*>(mmap(nullptr, kReserved, PROT_READ | PROT_WRITE,
                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  arena = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(arena) + 4095) & ~uintptr_t{4095});
+  if (arena == MAP_FAILED) {
+    arena = nullptr;
+    throw std::bad_alloc();
+  }
   shared_begin = arena + kGap;
   next_free = shared_begin + kSharedSpace + kGap;
 }
@@ -90,9 +95,9 @@ void check_races(Word& word, Access access, const std::string& where, const void
   const char* does = reads ? "read" : "write";
   if (!(atomic && word.atomic) && !has_seen(word.write_block, word.writer, word.write_clock)) {
     const bool inside = word.write_block == block.number;
-    error("race: " + std::string(does) + " of " + where + " that " +
-              (inside ? thread_name(word.writer) : "another block") + " writes",
-          pc);
+    error("race: " + std::string(does) + " of " + where + " that another " +
+              (inside ? "thread" : "block") + " writes",
+          pc, inside ? thread_name(word.writer) : "");
   }
   if (reads) return;
   bool seen = has_seen(word.read_block, word.reader, word.read_clock);
@@ -102,11 +107,11 @@ void check_races(Word& word, Access access, const std::string& where, const void
       if (!has_seen(block.number, i, (*word.readers)[i])) seen = false, other = i;
     }
   }
+  const bool inside = !seen && word.read_block == block.number;
+  if (!has_seen(word.other_read_block, 0, 1)) seen = false;
   if (!seen) {
-    const bool inside = word.read_block == block.number;
-    error("race: write of " + where + " that " + (inside ? thread_name(other) : "another block") +
-              " reads",
-          pc);
+    error("race: write of " + where + " that another " + (inside ? "thread" : "block") + " reads",
+          pc, inside ? thread_name(other) : "");
   }
 }
 
@@ -117,10 +122,15 @@ void remember(Word& word, Access access, uint8_t bytes) {
     word.write_block = block.number;
     word.writer = current->number;
     word.read_clock = 0;
+    word.other_read_block = 0;
     word.readers.reset();
     word.initialised |= bytes;
     word.atomic = access == Access::kAtomic;
     return;
+  }
+  // The read of another block is kept beside that of this one: either races with a write.
+  if (word.read_clock != 0 && word.read_block != block.number) {
+    word.other_read_block = word.read_block;
   }
   const bool others =
       word.read_clock != 0 && word.read_block == block.number && word.reader != current->number;
@@ -143,6 +153,7 @@ void remember(Word& word, Access access, uint8_t bytes) {
 void* allocate(size_t bytes, const void* initial) {
   reserve();
   char* const begin = next_free;
+  if (bytes > static_cast<size_t>(arena + kReserved - begin) - 2 * kGap) throw std::bad_alloc();
   next_free += (bytes + kGap + 255) / 256 * 256;
   Allocation allocation{begin, bytes, {}};
   if (instrumented) allocation.words.resize((bytes + kWord - 1) / kWord);
@@ -199,7 +210,8 @@ void check_access(const void* address, size_t bytes, Access access, const void* 
     return;
   }
   const std::string where = kind_of(*found);
-  if ((bytes & (bytes - 1)) == 0 && reinterpret_cast<uintptr_t>(first) % bytes) {
+  // Nothing larger than sixteen bytes is one instruction.
+  if (bytes <= 16 && (bytes & (bytes - 1)) == 0 && reinterpret_cast<uintptr_t>(first) % bytes) {
     error("misaligned access to " + where, pc);
   }
   if (found->words.empty()) return;
@@ -214,7 +226,11 @@ void check_access(const void* address, size_t bytes, Access access, const void* 
       error(std::string(reads ? "read" : "write") + " where an asynchronous copy is on its way",
             pc);
     }
-    if (reads && (word.initialised & touched) != touched) {
+    // Which of two copies lands last is not known, not even to the thread that began both.
+    if (word.copies_on_the_way && access == Access::kCopyBegins) {
+      error("asynchronous copy to where another is on its way", pc);
+    }
+    if ((reads || access == Access::kAtomic) && (word.initialised & touched) != touched) {
       error("read of " + where + " that nobody has written", pc);
     }
     check_races(word, access, where, pc);

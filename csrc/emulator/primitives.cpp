@@ -92,7 +92,7 @@ float shuffle_xor(float x, int mask) {
 namespace {
 
 void land(const Copy& copy) {
-  if (instrumented) check_access(copy.target, 16, Access::kCopyLands, nullptr);
+  if (instrumented) check_access(copy.target, 16, Access::kCopyLands, copy.pc);
   if (copy.source != nullptr) {
     std::memcpy(copy.target, copy.source, 16);
   } else {
@@ -101,7 +101,7 @@ void land(const Copy& copy) {
 }
 
 void begin_copy(SharedAddress target, const void* source, const void* pc) {
-  Copy copy{block.shared + target, static_cast<const char*>(source)};
+  Copy copy{block.shared + target, static_cast<const char*>(source), pc};
   ++report.counters.copies;
   if (target % 16 || reinterpret_cast<uintptr_t>(source) % 16) {
     error("misaligned asynchronous copy", pc);

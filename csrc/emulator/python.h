@@ -20,6 +20,7 @@ inline py::dict taken_report() {
   counters["mma"] = taken.counters.mma;
   counters["ldmatrix"] = taken.counters.ldmatrix;
   counters["ldmatrix_conflicts"] = taken.counters.ldmatrix_conflicts;
+  counters["shared_conflicts"] = taken.counters.shared_conflicts;
   counters["copies"] = taken.counters.copies;
   counters["barriers"] = taken.counters.barriers;
   counters["accesses"] = taken.counters.accesses;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <new>
 #include <sstream>
 
 #include "../device/platform.h"
@@ -46,7 +47,10 @@ bool instrumented = false;
 
 namespace {
 
+constexpr size_t kPage = 4096;
 constexpr size_t kStackBytes = 256 << 10;
+// What a kernel has not set is a NaN: this much of the stack, where its registers are kept.
+constexpr size_t kPoisonedBytes = 8 << 10;
 
 Options the_options;
 uint64_t random_state = 1;
@@ -102,15 +106,19 @@ void run_thread() {
 
 void prepare(Thread& thread, int number, const Place& place) {
   while (static_cast<int>(stacks.size()) <= number) {
-    void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+    void* memory = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    stacks.push_back(static_cast<char*>(memory));
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    mprotect(memory, kPage, PROT_NONE);  // a stack that is full must not run into the next one
+    stacks.push_back(static_cast<char*>(memory) + kPage);
   }
   thread = Thread();
   thread.number = number;
   thread.place = place;
-  thread.stack = stacks[number];
-  void** top = reinterpret_cast<void**>(thread.stack + kStackBytes - 64);
+  // Stacks that begin at the same place of a page would share the same few lines of the cache.
+  thread.stack_top = stacks[number] + kStackBytes - 64 - number % 16 * 256;
+  std::memset(thread.stack_top + 8 - kPoisonedBytes, 0xff, kPoisonedBytes);
+  void** top = reinterpret_cast<void**>(thread.stack_top);
   *top = reinterpret_cast<void*>(run_thread);
   thread.stack_pointer = top - 6;
   if (instrumented) {
@@ -119,14 +127,23 @@ void prepare(Thread& thread, int number, const Place& place) {
   }
 }
 
-void describe_deadlock() {
-  std::map<std::string, int> waits;
+void describe_deadlock(dim3 at) {
+  struct Waiting {
+    int count = 0, first = 0;
+  };
+  std::map<std::string, Waiting> waits;
   for (const Thread& thread : block.threads) {
-    if (!thread.done) ++waits[thread.waits_for ? thread.waits_for : "nothing"];
+    if (thread.done) continue;
+    Waiting& waiting = waits[thread.waits_for ? thread.waits_for : "nothing"];
+    if (waiting.count++ == 0) waiting.first = thread.number;
   }
   std::ostringstream text;
   text << "deadlock:";
-  for (const auto& [what, count] : waits) text << " " << count << " threads wait for " << what;
+  for (const auto& [what, waiting] : waits) {
+    text << " " << waiting.count << " threads wait for " << what << " (the first is thread "
+         << waiting.first << ")";
+  }
+  text << " in block (" << at.x << ", " << at.y << ", " << at.z << ")";
   ++report.errors[text.str()];
 }
 
@@ -149,7 +166,11 @@ void run_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes) {
   shuffle_warps();
   switch_to(next_ready());
   current = nullptr;
-  if (block.live && !gave_up) describe_deadlock();
+  if (block.live && !gave_up) {
+    describe_deadlock(at);
+    gave_up = true;
+  }
+  for (size_t i = 0; instrumented && i < block.warps.size(); ++i) count_conflicts(i);
   if (!block.turns.empty() && !gave_up) error("a block ends without passing on its turn");
 }
 
@@ -223,8 +244,8 @@ void wait(const char* what) {
   me->waits_for = nullptr;
 }
 
-void give_up(const std::string& what) {
-  error(what);
+void give_up(const std::string& what, const void* pc) {
+  error(what, pc);
   gave_up = true;
   switch_to_launcher();
   __builtin_unreachable();
@@ -249,6 +270,7 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
   random_state = the_options.seed * 0x9E3779B97F4A7C15ull + 1;
   gave_up = false;
   new_launch();
+  const FaultsAreErrors faults_are_errors;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x && !gave_up; ++x) {
@@ -265,7 +287,16 @@ namespace fuseformer {
 using namespace emulator;
 
 void named_barrier(int id, int threads) {
+  const int size = static_cast<int>(block.threads.size());
+  if (id < 0 || id > 15 || threads <= 0 || threads > size || threads % 32) {
+    give_up("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads");
+  }
   Barrier& barrier = block.barriers[id];
+  if (!barrier.waiting.empty() && barrier.expected != threads) {
+    give_up("barrier " + std::to_string(id) + " of " + std::to_string(threads) +
+            " threads, where others wait for " + std::to_string(barrier.expected));
+  }
+  barrier.expected = threads;
   ++report.counters.barriers;
   barrier.waiting.push_back(current->number);
   if (static_cast<int>(barrier.waiting.size()) < threads) {
@@ -275,6 +306,9 @@ void named_barrier(int id, int threads) {
   const std::vector<int> arrived = std::move(barrier.waiting);
   barrier.waiting.clear();
   join_clocks(arrived);
+  if (threads == size && instrumented) {
+    for (size_t i = 0; i < block.warps.size(); ++i) count_conflicts(i);
+  }
   for (int number : arrived) {
     if (number != current->number) make_ready(number);
   }

@@ -116,6 +116,44 @@ void philox_words(SelfTest test) {
   for (int i = 0; i < 4; ++i) out<uint32_t>(test)[i] = words[i];
 }
 
+// An accumulator that nobody has set to 0, in blocks that find the stacks of others.
+void accumulator_not_set(SelfTest test) {
+  float d[4];
+  const uint32_t a[4] = {};
+  mma_16x8x16<Half>(d, a, 0, 0);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 4; ++i) out<float>(test)[4 * blockIdx.x + i] = d[i];
+  }
+  float used[64] = {};
+  for (int i = 0; i < 64; i += 4) {
+    mma_16x8x16<Half>(reinterpret_cast<float (&)[4]>(used[i]), a, 0, 0);
+  }
+}
+
+// Stores of four bytes, `value` bytes from lane to lane; of sixteen, where that is negative; and
+// all lanes reading one word, where it is 0.
+void plain_conflicts(SelfTest test) {
+  const int lane = threadIdx.x;
+  if (test.value > 0) {
+    *reinterpret_cast<int*>(dynamic_shared() + lane * test.value) = lane;
+  } else if (test.value < 0) {
+    copy_16(dynamic_shared() - lane * test.value, in<int>(test) + lane % 8 * 4);
+  } else {
+    if (lane == 0) shared<int>()[0] = 7;
+    warp_barrier();
+    out<int>(test)[lane] = shared<int>()[0];
+  }
+}
+
+// All lanes of a matrix point to one row.
+void ldmatrix_of_one_row(SelfTest test) {
+  shared<uint32_t>()[threadIdx.x] = threadIdx.x;
+  warp_barrier();
+  uint32_t r[4];
+  ldmatrix_x4(r, shared_address(shared<uint32_t>() + threadIdx.x / 8 * 4));
+  out<uint32_t>(test)[threadIdx.x] = r[0];
+}
+
 // Mistakes. `out` holds 32 ints, `in` 32 ints.
 
 void read_past_global(SelfTest test) {
@@ -204,6 +242,45 @@ void deadlock(SelfTest) {
   if (threadIdx.x < 32) named_barrier(1, 64);
 }
 
+// Sixteen lanes of a block write their own number after all have read it and their right neighbour:
+// what the first block reads of the second is written by that, which has read it too.
+void race_of_blocks_that_read(SelfTest test) {
+  int* numbers = out<int>(test);
+  const int i = 16 * blockIdx.x + threadIdx.x % 16;
+  const int sum = numbers[i] + numbers[i == 31 ? i : i + 1];
+  block_barrier();
+  if (threadIdx.x < 16) numbers[i] = sum;
+}
+
+void sum_of_uninitialised(SelfTest test) { atomic_add(out<float>(test) + threadIdx.x, 1.0f); }
+
+void copies_to_one_place(SelfTest test) {
+  const SharedAddress target = shared_address(shared<int>() + 4 * threadIdx.x);
+  copy_async_16(target, in<int>(test));
+  copy_async_16(target, in<int>(test) + 4);
+  copy_async_commit();
+  copy_async_wait<0>();
+}
+
+void barrier_of_no_such_number(SelfTest) { named_barrier(16, 32); }
+
+void barrier_of_two_sizes(SelfTest) { named_barrier(1, threadIdx.x < 32 ? 64 : 96); }
+
+void wild_pointer(SelfTest test) {
+  const auto address = static_cast<uintptr_t>(test.value) * 4;
+  out<int>(test)[threadIdx.x] = *reinterpret_cast<const volatile int*>(address);
+}
+
+void division_by_zero(SelfTest test) { out<int>(test)[threadIdx.x] = 7 / test.value; }
+
+void index_past_registers(SelfTest test) {
+  float d[4] = {}, other[4] = {};
+  const uint32_t a[4] = {};
+  mma_16x8x16<Half>(d, a, 0, 0);
+  mma_16x8x16<Half>(other, a, 0, 0);
+  out<float>(test)[threadIdx.x] = d[test.value + 4] + other[0];
+}
+
 struct Entry {
   void (*kernel)(SelfTest);
   unsigned blocks, threads;
@@ -242,6 +319,17 @@ const std::map<std::string, Entry> kTests = {
     {"divergent", {divergent, 1, 32}},
     {"left_barrier", {left_barrier, 1, 64}},
     {"deadlock", {deadlock, 1, 64}},
+    {"accumulator_not_set", {accumulator_not_set, 3, 32}},
+    {"plain_conflicts", {plain_conflicts, 1, 32}},
+    {"ldmatrix_of_one_row", {ldmatrix_of_one_row, 1, 32}},
+    {"race_of_blocks_that_read", {race_of_blocks_that_read, 2, 32}},
+    {"sum_of_uninitialised", {sum_of_uninitialised, 1, 32}},
+    {"copies_to_one_place", {copies_to_one_place, 1, 32}},
+    {"barrier_of_no_such_number", {barrier_of_no_such_number, 1, 32}},
+    {"barrier_of_two_sizes", {barrier_of_two_sizes, 1, 96}},
+    {"wild_pointer", {wild_pointer, 1, 32}},
+    {"division_by_zero", {division_by_zero, 1, 32}},
+    {"index_past_registers", {index_past_registers, 1, 32}},
 };
 
 }  // namespace

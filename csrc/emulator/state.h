@@ -17,13 +17,14 @@ using Clocks = std::vector<uint32_t>;
 struct Copy {
   char* target;
   const char* source;  // null: zeros
+  const void* pc;      // where the kernel has begun it
 };
 
 struct Thread {
   Place place;
   int number = 0;  // within the block
   void* stack_pointer = nullptr;
-  char* stack = nullptr;
+  char* stack_top = nullptr;
   bool done = false;
   const char* waits_for = nullptr;
   std::vector<Copy> open_copies;
@@ -41,6 +42,7 @@ struct Warp {
 };
 
 struct Barrier {
+  int expected = 0;  // threads, as those that wait have said
   std::vector<int> waiting;
 };
 
@@ -63,11 +65,12 @@ extern bool instrumented;
 
 uint32_t random_number();
 
-// Adds an error of the thread that is running; `pc` is where in the kernel, if known.
-void error(const std::string& what, const void* pc = nullptr);
+// Adds an error of the thread that is running; `pc` is where in the kernel, if known. The same
+// error at the same place is counted, and reported with the `detail` of the first.
+void error(const std::string& what, const void* pc = nullptr, const std::string& detail = "");
 
 // Ends the launch: nothing after it in the block is run.
-[[noreturn]] void give_up(const std::string& what);
+[[noreturn]] void give_up(const std::string& what, const void* pc = nullptr);
 
 // Lets others run until this thread is made ready again.
 void wait(const char* what);
@@ -94,6 +97,20 @@ bool in_shared(const void* address, size_t bytes);
 char* new_shared(size_t bytes);
 void new_launch();
 
+// While it lives, a fault of the thread that is running (an address that is nobody's, a division by
+// zero, what -fsanitize=undefined traps) is an error and ends the launch, instead of the process.
+class FaultsAreErrors {
+ public:
+  FaultsAreErrors();
+  ~FaultsAreErrors();
+};
+
+// Remembers a plain access to shared memory, of the lane that is running. All lanes of a warp
+// having come to the same point, `count_conflicts` compares what the same instruction has done in
+// each.
+void note_shared_access(const void* address, size_t bytes, const void* pc);
+void count_conflicts(int warp);
+
 inline Warp& warp_of(const Thread& thread) { return block.warps[thread.number / 32]; }
 
 template <typename Argument, typename Function>
@@ -112,6 +129,7 @@ void collective(const char* name, Argument& argument, Function&& carry_out) {
     return;
   }
   warp.arrived = 0;
+  if (instrumented) count_conflicts(current->number / 32);
   Argument* arguments[32];
   for (int i = 0; i < 32; ++i) arguments[i] = static_cast<Argument*>(warp.arguments[i]);
   carry_out(arguments);

@@ -103,8 +103,11 @@ void load_matrices(uint32_t (&r)[4], SharedAddress row, bool transposed, const v
     for (int matrix = 0; matrix < 4; ++matrix) {
       int rows[8] = {}, most = 0;  // by the sixteen bytes of a bank row
       for (int i = 0; i < 8; ++i) {
-        const uintptr_t place = reinterpret_cast<uintptr_t>(lanes[8 * matrix + i]->row) / 16 % 8;
-        most = std::max(most, ++rows[place]);
+        const char* const row = lanes[8 * matrix + i]->row;
+        bool again = false;  // what several lanes point to is read once
+        for (int j = 0; j < i; ++j) again |= lanes[8 * matrix + j]->row == row;
+        const uintptr_t place = reinterpret_cast<uintptr_t>(row) / 16 % 8;
+        if (!again) most = std::max(most, ++rows[place]);
       }
       report.counters.ldmatrix_conflicts += most - 1;
     }

@@ -20,10 +20,23 @@ import pybind11
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulator"
-RUNTIME = ("scheduler", "memory", "instrumentation", "primitives", "tensor_cores")
+RUNTIME = (
+    "scheduler",
+    "memory",
+    "instrumentation",
+    "bank_conflicts",
+    "faults",
+    "primitives",
+    "tensor_cores",
+)
 MODES = {
     "plain": ["-O2"],
-    "shadow": ["-O1", "-g", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"],
+    "shadow": [
+        *("-O1", "-g", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
+        # Of arrays in registers no load or store comes by: their indices are checked where used.
+        "-fsanitize=bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+        "-fsanitize-undefined-trap-on-error",
+    ],
 }
 _FLAGS = ["-std=c++17", "-march=native", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror"]
 
