@@ -80,6 +80,7 @@ def test_no_access_is_wrong_in_any_order(case, landing, shadow):
         set_options(shadow, seed, landing, random=True)
         check_dense(shadow, case)
     assert shadow.counters["accesses"] > 0
+    assert shadow.counters["shared_conflicts"] == 0
 
 
 @pytest.mark.parametrize("architecture", [86, 89, 120])

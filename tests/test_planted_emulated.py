@@ -46,7 +46,7 @@ LENGTHS = Case((2, 2), (70, 300), 64, BF16, key_lengths=(150, 0), batch=2)
 DROPOUT = Case((2, 2), (100, 200), 64, BF16, dropout_p=0.2)
 FORWARD, BACKWARD = "attention/forward_kernel.h", "attention/backward_kernel.h"
 WRONG, RACE, INFLIGHT, BOUNDS = "exceeds", "race: ", "copy is on its way", "out of bounds"
-UNINITIALISED, CONFLICTS = "nobody has written", "bank conflicts"
+UNINITIALISED, CONFLICTS, NAN = "nobody has written", "bank conflicts", "are NaN"
 
 # file, correct text, planted text, the case that must fail, and how
 BUGS = {
@@ -105,6 +105,13 @@ BUGS = {
         "k_rows = rows_of(params.k, head,",
         PLAIN,
         BOUNDS,
+    ),
+    "forward: the output does not begin at 0": (
+        FORWARD,
+        "warp.out[tile][i][j] = 0.0f;",
+        "(void)j;",
+        PLAIN,
+        NAN,
     ),
     "forward: the output is not rescaled": (
         "attention/softmax.h",
@@ -276,6 +283,7 @@ def run(kernels, case):
     """Raise an error for whatever is wrong with a case: errors, then values, then conflicts."""
     check_dense(kernels, case)
     assert kernels.counters["ldmatrix_conflicts"] == 0, "bank conflicts"
+    assert kernels.counters["shared_conflicts"] == 0, "bank conflicts of plain accesses"
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -285,7 +293,7 @@ def test_a_planted_bug_is_caught(name, tmp_path):
     with pytest.raises(AssertionError) as caught:
         run(kernels, case)
     assert how in str(caught.value)
-    assert isinstance(caught.value, EmulatorError) == (how not in (WRONG, CONFLICTS))
+    assert isinstance(caught.value, EmulatorError) == (how not in (WRONG, CONFLICTS, NAN))
 
 
 def test_the_copy_without_a_bug_passes(tmp_path):
