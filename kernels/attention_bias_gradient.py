@@ -129,21 +129,14 @@ def attention_bias_gradient_kernel(
         lse = tl.load(lse_log2_ptr + places, mask=real, other=float("inf"))  # (BLOCK_M,)
         delta = tl.load(delta_ptr + places, mask=real, other=0.0)  # (BLOCK_M,)
         # Of a short sequence most tiles have nothing; where all are as long, a branch only costs.
-        if cu_seqlens_q is None and key_lengths is None:
+        alike: tl.constexpr = cu_seqlens_q is None and key_lengths is None
+        if alike or (row < rows_end and first_key < key_end):
             dlogits, _derivative = logit_gradients(
                 q, dout, lse, delta, row, k, v, first_key, scoring,
                 seed, batch, head, threshold, dropout_scale,
                 True, False, seed_ptr is not None, PRECISION,
             )  # fmt: skip
             dbias += dlogits
-        else:
-            if row < rows_end and first_key < key_end:
-                dlogits, _derivative = logit_gradients(
-                    q, dout, lse, delta, row, k, v, first_key, scoring,
-                    seed, batch, head, threshold, dropout_scale,
-                    True, False, seed_ptr is not None, PRECISION,
-                )  # fmt: skip
-                dbias += dlogits
 
     base = dbias_ptr + part.to(tl.int64) * stride_dp
     base += bias_batch.to(tl.int64) * stride_db + bias_head.to(tl.int64) * stride_dh
@@ -173,7 +166,7 @@ def attention_bias_gradient_kernel(
 
 
 def bias_gradient(layout: Layout, options: Options, bias: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Return the gradient of `bias` (up to 4 dimensions, broadcast to (B, H, Sq, Sk)), like it.
+    """Return the gradient of `bias` (up to 4 dimensions, broadcast to (B, H, Sq, Sk)), contiguous.
 
     For packed sequences B counts them, and Sq and Sk are the longest lengths.
 
@@ -195,7 +188,7 @@ def _bias_gradient(layout: Layout, bias: Tensor, tiles: Tiles, inputs: dict[str,
     sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     full = (layout.batch, layout.heads, layout.seqlen_q, layout.seqlen_k)
     if 0 in full:
-        return torch.zeros_like(bias)
+        return bias.new_zeros(bias.shape)
     blocks_q = triton.cdiv(layout.seqlen_q, tiles.block_m)
     blocks_k = triton.cdiv(layout.seqlen_k, tiles.block_n)
     shared_heads = layout.heads // sizes[1]

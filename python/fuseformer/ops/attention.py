@@ -13,6 +13,7 @@ from . import checks
 from .registration import (
     absent,
     autocast_dtype,
+    laid_out,
     present,
     register_autocast,
     second_derivatives,
@@ -68,7 +69,7 @@ def _attention(
         sinks=sinks,
     )
     record(request_for("attention", q, k, options=options, head_dim=q.shape[-1]), backend)
-    return _kernels(backend).attention_forward(
+    out, lse = _kernels(backend).attention_forward(
         q,
         k,
         v,
@@ -85,6 +86,7 @@ def _attention(
         scale,
         dropout_p,
     )
+    return laid_out(out, q), lse
 
 
 @_attention.register_fake
@@ -138,7 +140,8 @@ def _attention_backward(
         dropout_p,
         bias_grad,
     )
-    return dq, dk, dv, present(dbias, q), present(dsinks, q)
+    dq, dk, dv = laid_out(dq, q), laid_out(dk, k), laid_out(dv, v)
+    return dq, dk, dv, present(dbias, q).contiguous(), present(dsinks, q)
 
 
 @_attention_backward.register_fake
@@ -157,7 +160,7 @@ def _(
     sinks: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dbias = torch.empty_like(bias) if bias is not None and rest[-2] else q.new_empty(0)
+    dbias = bias.new_empty(bias.shape) if bias is not None and rest[-2] else q.new_empty(0)
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 

@@ -47,7 +47,7 @@ def _linear_cross_entropy(
         reduction,
         compute_grads,
     )
-    dhidden, dweight, dbias = (present(g, hidden) for g in gradients)
+    dhidden, dweight, dbias = (present(g, hidden).contiguous() for g in gradients)
     return loss, lse, dhidden, dweight.to(lse.dtype), dbias.to(lse.dtype)
 
 
@@ -92,7 +92,7 @@ def _linear_cross_entropy_backward(
     dhidden, dweight, dbias = _kernels(backend).linear_cross_entropy_backward(
         dloss, hidden, weight, bias, target, lse, *options
     )
-    return dhidden, dweight, present(dbias, hidden)
+    return dhidden.contiguous(), dweight.contiguous(), present(dbias, hidden)
 
 
 @_linear_cross_entropy_backward.register_fake

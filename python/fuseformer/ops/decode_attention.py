@@ -10,7 +10,7 @@ from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
 from .attention import check_extras, default_scale, lse_dtype, used_options
-from .registration import autocast_dtype, register_autocast
+from .registration import autocast_dtype, laid_out, register_autocast
 
 #: New tokens of a sequence that one call takes; prompts are for `attention`.
 MOST_QUERIES = 8
@@ -42,7 +42,7 @@ def _decode_attention(
         request_for("decode_attention", q, k_cache, options=options, head_dim=q.shape[-1]), backend
     )
     module = {"triton": "fuseformer.kernels.decode", "cpu": "fuseformer.cpu.decode_attention"}
-    return importlib.import_module(module[backend]).decode_attention(
+    out, lse = importlib.import_module(module[backend]).decode_attention(
         q,
         k_cache,
         v_cache,
@@ -54,6 +54,7 @@ def _decode_attention(
         softcap,
         scale,
     )
+    return laid_out(out, q), lse
 
 
 @_decode_attention.register_fake

@@ -35,7 +35,7 @@ def _add_norm(
     y, total, mean, rstd = _kernels(backend).add_norm_forward(
         x, residual, weight, bias, seed, rms, return_residual, eps, dropout_p
     )
-    return y, present(total, x), present(mean, rstd), rstd
+    return y.contiguous(), present(total, x).contiguous(), present(mean, rstd), rstd
 
 
 @_add_norm.register_fake
@@ -71,7 +71,7 @@ def _add_norm_backward(
     dx, dresidual, dweight, dbias = _kernels(backend).add_norm_backward(
         dy, dtotal, x, residual, weight, mean, rstd, seed, dropout_p, has_bias
     )
-    return present(dx, x), dresidual, dweight, present(dbias, weight)
+    return present(dx, x).contiguous(), dresidual.contiguous(), dweight, present(dbias, weight)
 
 
 @_add_norm_backward.register_fake

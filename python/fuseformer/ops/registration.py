@@ -14,6 +14,17 @@ def present(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
+def laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """Return `x` with the strides of ``torch.empty_like(like)``, copied where it has others.
+
+    A fake promises strides, and code that was compiled against it reads by them.
+    """
+    strides = torch.empty_like(like, device="meta").stride()
+    if x.stride() == strides:
+        return x
+    return x.new_empty_strided(x.shape, strides).copy_(x)
+
+
 def absent(x: Tensor) -> Tensor | None:
     """Return None for the empty tensor that stands for a missing result, else `x`."""
     return None if x.shape == (0,) else x

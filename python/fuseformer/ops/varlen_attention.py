@@ -20,6 +20,7 @@ from .attention import (
 from .registration import (
     absent,
     autocast_dtype,
+    laid_out,
     present,
     register_autocast,
     second_derivatives,
@@ -63,7 +64,7 @@ def _varlen_attention(
         sinks=sinks,
     )
     record(request_for("varlen_attention", q, k, options=options, head_dim=q.shape[-1]), backend)
-    return _kernels(backend).varlen_attention_forward(
+    out, lse = _kernels(backend).varlen_attention_forward(
         q,
         k,
         v,
@@ -82,6 +83,7 @@ def _varlen_attention(
         scale,
         dropout_p,
     )
+    return laid_out(out, q), lse
 
 
 @_varlen_attention.register_fake
@@ -139,14 +141,16 @@ def _varlen_attention_backward(
         dropout_p,
         bias_grad,
     )
-    return dq, dk, dv, present(dbias, q), present(dsinks, q)
+    dq, dk, dv = laid_out(dq, q), laid_out(dk, k), laid_out(dv, v)
+    return dq, dk, dv, present(dbias, q).contiguous(), present(dsinks, q)
 
 
 @_varlen_attention_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v = arguments[2:5]
     bias, _, sinks = arguments[11:14]
-    dbias = torch.empty_like(bias) if bias is not None and arguments[-2] else q.new_empty(0)
+    asked = bias is not None and arguments[-2]
+    dbias = bias.new_empty(bias.shape) if asked else q.new_empty(0)
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 

@@ -1,0 +1,83 @@
+"""What an op's fake promises of its results' layout, the op keeps: compiled code counts on it."""
+
+import pytest
+import torch
+from op_calls import CALLS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import fuseformer as ff
+
+
+class FakesAgree(TorchDispatchMode):
+    """Holds every call of an op of the package against its fake: sizes, strides and dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        results = op(*args, **kwargs)
+        if op.namespace == "fuseformer":
+            with FakeTensorMode() as mode:
+                fake_args, fake_kwargs = tree_map_only(
+                    torch.Tensor, mode.from_tensor, (args, kwargs)
+                )
+                promised = op(*fake_args, **fake_kwargs)
+            pairs = zip(self._tensors(results), self._tensors(promised), strict=True)
+            for place, (got, want) in enumerate(pairs):
+                described = [(tuple(x.shape), x.stride(), x.dtype) for x in (got, want)]
+                if got.numel():
+                    assert described[0] == described[1], f"{op}, result {place}"
+            self.seen.append(op._schema.name)
+        return results
+
+    @staticmethod
+    def _tensors(results):
+        return results if isinstance(results, (tuple, list)) else (results,)
+
+
+def transposed(x):
+    """Return `x` with the memory of its last but one and the dimension before it exchanged.
+
+    The last dimension of attention's tensors has stride 1; matrices lie in columns.
+    """
+    dims = (-3, -2) if x.dim() >= 3 else (-2, -1)
+    if x.dim() < 2:
+        return x
+    return x.transpose(*dims).contiguous().transpose(*dims)
+
+
+def check(name, backend):
+    call, inputs = CALLS[name]
+    torch.manual_seed(0)
+    leaves = [transposed(x).detach().requires_grad_() for x in inputs()]
+    agree = FakesAgree()
+    with agree:
+        out = call(*leaves, backend)
+        torch.autograd.grad((out * torch.randn_like(out)).sum(), leaves)
+    assert agree.seen
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_cpu_keeps_what_fakes_promise(name):
+    check(name, "cpu")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_triton_keeps_what_fakes_promise(name, triton_on_cpu):
+    check(name, "triton")
+
+
+def test_a_broken_promise_is_seen(monkeypatch):
+    from fuseformer.cpu import attention
+
+    whole = attention.attention_forward
+    monkeypatch.setattr(
+        attention, "attention_forward", lambda *a: tuple(x.mT.contiguous().mT for x in whole(*a))
+    )
+    q = torch.randn(1, 2, 5, 8)
+    with FakesAgree(), pytest.raises(AssertionError, match="attention"):
+        ff.attention(q, q, q)
