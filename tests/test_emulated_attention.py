@@ -1,11 +1,17 @@
 """The CUDA C++ attention kernels, executed on the CPU from the source that ships."""
 
+import contextlib
+
 import pytest
 import torch
 from attention_checks import Case, check_dense, check_dropout_mask, check_packed
 from emulated import Kernels
 from emulator_build import build
 from matrix import case_name, cases
+
+from fuseformer import reference
+from fuseformer.cuda.attention import nondeterministic
+from fuseformer.testing import assert_close_to_reference
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LANDINGS = ("late", "early", "random")
@@ -115,14 +121,14 @@ def test_the_dropout_mask_is_that_of_every_backend(dropout_p, plain):
 
 
 def forward_and_backward(kernels, head_dim, deterministic=True):
-    from emulated import _call
-
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(1, 2, 150, head_dim).to(BF16) for _ in range(4))
-    call = _call(None, None, torch.tensor(5), "top_left", -1, -1, 0.0, head_dim**-0.5, 0.1)
-    out, lse = kernels.forward(q, k, v, call)
-    grads = kernels.backward(dout, lse, q, k, v, out, lse, call, deterministic=deterministic)
-    return out, lse, *grads
+    plain = (None,) * 5
+    options = (torch.tensor(5), "top_left", -1, -1, 0.0, head_dim**-0.5, 0.1)
+    out, lse = kernels.attention_forward(q, k, v, *plain, *options)
+    with contextlib.nullcontext() if deterministic else nondeterministic():
+        grads = kernels.attention_backward(dout, lse, q, k, v, out, lse, *plain, *options, False)
+    return out, lse, *grads[:3]
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
@@ -145,32 +151,27 @@ def test_without_turns_the_sums_are_the_same_here_where_blocks_run_in_order(plai
 
 @pytest.mark.parametrize(("batch", "sq", "sk"), [(2, 0, 5), (2, 5, 0), (2, 0, 0)])
 def test_empty_tensors(batch, sq, sk, plain):
-    from emulated import _call
-
     set_options(plain)
     q, k = torch.ones(batch, 2, sq, 64, dtype=BF16), torch.ones(batch, 1, sk, 64, dtype=BF16)
-    call = _call(None, None, None, "none", -1, -1, 0.0, 1.0, 0.0)
-    out, lse = plain.forward(q, k, k, call)
+    options = (*(None,) * 6, "none", -1, -1, 0.0, 1.0, 0.0)
+    out, lse = plain.attention_forward(q, k, k, *options)
     assert not out.any()
     assert (lse == -torch.inf).all()
-    for grad in plain.backward(out, None, q, k, k, out, lse, call):
+    for grad in plain.attention_backward(out, None, q, k, k, out, lse, *options, False)[:3]:
         assert not grad.any()
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("causal", ["none", "top_left"])
 def test_head_dim_256_forward(dtype, causal, shadow):
-    from emulated import _call
-
-    from fuseformer import reference
-    from fuseformer.testing import assert_close_to_reference
-
     set_options(shadow, 1, "random", random=True)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, n, 256).to(dtype) for n in (100, 150, 150))
-    call = _call(None, torch.tensor([130], dtype=torch.int32), None, causal, -1, -1, 0.0, 0.07, 0.0)
-    results = shadow.forward(q, k, v, call)
-    options = {"causal": causal, "key_lengths": call.key_lengths, "scale": 0.07}
+    lengths = torch.tensor([130], dtype=torch.int32)
+    results = shadow.attention_forward(
+        q, k, v, None, None, lengths, *(None,) * 3, causal, -1, -1, 0.0, 0.07, 0.0
+    )
+    options = {"causal": causal, "key_lengths": lengths, "scale": 0.07}
     exact = reference.attention(*(x.double() for x in (q, k, v)), **options)
     low = reference.attention(q, k, v, **options)
     for a, e, b in zip(results, exact, low, strict=True):

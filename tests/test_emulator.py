@@ -14,7 +14,7 @@ OUT = np.full(32, 7, dtype=np.int32)
 
 def load(runtime=SOURCES):
     unit = SOURCES / "emulator" / "self_test_kernels.cpp"
-    return build("shadow", unit, bindings="self_test_bindings", runtime=runtime)
+    return build("shadow", unit, bindings="self_test_bindings", host=(), runtime=runtime)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 
 #include "../device/launch.h"
 #include "backward_kernel.h"
+#include "entry.h"
 #include "forward_kernel.h"
 #include "row_kernels.h"
 

@@ -4,18 +4,13 @@
 #include <cstdint>
 
 #include "platform.h"
+#include "stream.h"
 
 #if !defined(__CUDACC__)
 #include "../emulator/emulator.h"
 #endif
 
 namespace fuseformer {
-
-#if defined(__CUDACC__)
-using Stream = cudaStream_t;
-#else
-struct Stream {};
-#endif
 
 // The bytes of shared memory that a block may have on the current device.
 inline int shared_limit() {
@@ -41,7 +36,8 @@ const char* launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, i
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(params);
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes,
+             static_cast<cudaStream_t>(stream)>>>(params);
     status = cudaGetLastError();
   }
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);

@@ -1,30 +1,42 @@
-// The emulator with the attention kernels for Python: the launches that ship.
-#include "../attention/params.h"
-#include "../device/element.h"
-#include "../device/launch.h"
+// The emulator with the attention kernels for Python: the calls that ship, from tensors on.
+#include "../attention/attention.h"
 #include "python.h"
 
 namespace fuseformer {
-
-template <typename Element>
-const char* attention_forward(const AttentionParams& params, int head_dim, Stream stream);
-template <typename Element>
-const char* attention_backward(const AttentionGradientParams& given, int head_dim, Stream stream);
-template <typename Element>
-int backward_step_rows(int head_dim);
-
 namespace {
 
-// Makes a pointer of a struct an integer in Python, 0 for null.
-template <typename Struct, typename Pointer>
-void pointer(py::class_<Struct>& type, const char* name, Pointer Struct::* member) {
-  type.def_property(
-      name, [member](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*member); },
-      [member](Struct& s, uintptr_t address) { s.*member = reinterpret_cast<Pointer>(address); });
+// A tensor is (address, sizes, strides, name of its dtype), None where an op may go without one.
+TensorView view(const char* name, const py::object& x) {
+  TensorView seen;
+  seen.name = name;
+  if (x.is_none()) return seen;
+  const auto parts = x.cast<py::tuple>();
+  seen.data = reinterpret_cast<void*>(parts[0].cast<uintptr_t>());
+  seen.sizes = parts[1].cast<std::vector<int64_t>>();
+  seen.strides = parts[2].cast<std::vector<int64_t>>();
+  const auto dtype = parts[3].cast<std::string>();
+  for (DType known :
+       {DType::kFloat32, DType::kFloat16, DType::kBfloat16, DType::kInt32, DType::kInt64}) {
+    if (dtype == name_of(known)) seen.dtype = known;
+  }
+  seen.given = true;
+  return seen;
 }
 
-void check(const char* failure) {
-  if (failure != nullptr) throw std::invalid_argument(failure);
+// What the schemas of both ops end with, from argument `at` on.
+void give_options(AttentionArguments& a, const py::args& args, size_t at) {
+  a.key_lengths = view("key_lengths", args[at]);
+  a.cu_seqlens_q = view("cu_seqlens_q", args[at + 1]);
+  a.cu_seqlens_k = view("cu_seqlens_k", args[at + 2]);
+  a.seed = view("seed", args[at + 3]);
+  a.max_seqlen_q = args[at + 4].cast<int64_t>();
+  a.max_seqlen_k = args[at + 5].cast<int64_t>();
+  a.window_left = args[at + 6].cast<int64_t>();
+  a.window_right = args[at + 7].cast<int64_t>();
+  a.bottom_right = args[at + 8].cast<bool>();
+  a.scale = args[at + 9].cast<double>();
+  a.dropout_threshold = args[at + 10].cast<int64_t>();
+  a.dropout_scale = args[at + 11].cast<double>();
 }
 
 }  // namespace
@@ -32,63 +44,38 @@ void check(const char* failure) {
 PYBIND11_MODULE(_emulator, m) {
   emulator::bind(m);
 
-  py::class_<HeadTensor> tensor(m, "HeadTensor", py::module_local());
-  tensor.def(py::init<>())
-      .def_readwrite("batch_stride", &HeadTensor::batch_stride)
-      .def_readwrite("head_stride", &HeadTensor::head_stride)
-      .def_readwrite("row_stride", &HeadTensor::row_stride);
-  pointer(tensor, "data", &HeadTensor::data);
-
-  py::class_<AttentionParams> params(m, "AttentionParams", py::module_local());
-  params.def(py::init<>())
-      .def_readwrite("q", &AttentionParams::q)
-      .def_readwrite("k", &AttentionParams::k)
-      .def_readwrite("v", &AttentionParams::v)
-      .def_readwrite("out", &AttentionParams::out)
-      .def_readwrite("lse_batch_stride", &AttentionParams::lse_batch_stride)
-      .def_readwrite("lse_head_stride", &AttentionParams::lse_head_stride)
-      .def_readwrite("batch", &AttentionParams::batch)
-      .def_readwrite("heads", &AttentionParams::heads)
-      .def_readwrite("group", &AttentionParams::group)
-      .def_readwrite("queries", &AttentionParams::queries)
-      .def_readwrite("keys", &AttentionParams::keys)
-      .def_readwrite("window_left", &AttentionParams::window_left)
-      .def_readwrite("window_right", &AttentionParams::window_right)
-      .def_readwrite("bottom_right", &AttentionParams::bottom_right)
-      .def_readwrite("scale", &AttentionParams::scale)
-      .def_readwrite("dropout_threshold", &AttentionParams::dropout_threshold)
-      .def_readwrite("dropout_scale", &AttentionParams::dropout_scale);
-  pointer(params, "lse", &AttentionParams::lse);
-  pointer(params, "key_lengths", &AttentionParams::key_lengths);
-  pointer(params, "cu_seqlens_q", &AttentionParams::cu_seqlens_q);
-  pointer(params, "cu_seqlens_k", &AttentionParams::cu_seqlens_k);
-  pointer(params, "seed", &AttentionParams::seed);
-
-  py::class_<AttentionGradientParams> gradients(m, "AttentionGradientParams", py::module_local());
-  gradients.def(py::init<>())
-      .def_readwrite("forward", &AttentionGradientParams::forward)
-      .def_readwrite("dout", &AttentionGradientParams::dout)
-      .def_readwrite("dk", &AttentionGradientParams::dk)
-      .def_readwrite("dv", &AttentionGradientParams::dv)
-      .def_readwrite("dq", &AttentionGradientParams::dq)
-      .def_readwrite("workspace_rows", &AttentionGradientParams::workspace_rows);
-  pointer(gradients, "dlse", &AttentionGradientParams::dlse);
-  pointer(gradients, "lse_log2", &AttentionGradientParams::lse_log2);
-  pointer(gradients, "delta", &AttentionGradientParams::delta);
-  pointer(gradients, "dq_sums", &AttentionGradientParams::dq_sums);
-  pointer(gradients, "dq_turns", &AttentionGradientParams::dq_turns);
-
-  m.attr("NO_WINDOW") = kNoWindow;
-  m.def("backward_step_rows", [](int head_dim, bool bf16) {
-    return bf16 ? backward_step_rows<Bfloat16>(head_dim) : backward_step_rows<Half>(head_dim);
+  m.def("attention_forward", [](const py::args& args) {
+    AttentionArguments a;
+    a.q = view("q", args[0]);
+    a.k = view("k", args[1]);
+    a.v = view("v", args[2]);
+    a.out = view("out", args[3]);
+    a.lse = view("lse", args[4]);
+    give_options(a, args, 5);
+    run_attention_forward(a, nullptr);
   });
-  m.def("attention_forward", [](const AttentionParams& params, int head_dim, bool bf16) {
-    check(bf16 ? attention_forward<Bfloat16>(params, head_dim, Stream())
-               : attention_forward<Half>(params, head_dim, Stream()));
+  m.def("attention_backward", [](const py::args& args) {
+    AttentionGradientArguments a;
+    a.dout = view("dout", args[0]);
+    a.dlse = view("dlse", args[1]);
+    a.q = view("q", args[2]);
+    a.k = view("k", args[3]);
+    a.v = view("v", args[4]);
+    a.out = view("out", args[5]);
+    a.lse = view("lse", args[6]);
+    a.dq = view("dq", args[7]);
+    a.dk = view("dk", args[8]);
+    a.dv = view("dv", args[9]);
+    a.lse_log2 = view("lse_log2", args[10]);
+    a.delta = view("delta", args[11]);
+    a.dq_sums = view("dq_sums", args[12]);
+    a.dq_turns = view("dq_turns", args[13]);
+    give_options(a, args, 14);
+    run_attention_backward(a, nullptr);
   });
-  m.def("attention_backward", [](const AttentionGradientParams& given, int head_dim, bool bf16) {
-    check(bf16 ? attention_backward<Bfloat16>(given, head_dim, Stream())
-               : attention_backward<Half>(given, head_dim, Stream()));
+  m.def("attention_step_rows", [](const py::tuple& q) {
+    const TensorView seen = view("q", q);
+    return attention_step_rows(seen.sizes.back(), seen.dtype);
   });
 }
 

@@ -11,6 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .cuda import attention as cuda_attention
+from .cuda import library
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _TRITON_OPS = (
     "attention",
@@ -23,6 +26,10 @@ _TRITON_OPS = (
     "linear_cross_entropy",
     "rotary",
 )
+_CUDA_OPS = ("attention", "varlen_attention")
+# GPUs on which `mma.sync` is the way to the tensor cores; newer data-centre ones have wgmma and
+# tcgen05, which Triton uses.
+_CUDA_FAMILIES = (8, 12)
 # A row of the Triton norms stays in the registers of one program.
 _MAX_NORM_WIDTH = 8192
 # The first with bfloat16 and asynchronous copies, and the oldest that kernels are compiled for.
@@ -32,6 +39,10 @@ _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 #: Device types on which Triton kernels can be launched. A test adds "cpu" while something executes
 #: them there; Triton's own interpreter does when TRITON_INTERPRET=1 was set before its import.
 TRITON_DEVICES = {"cuda"} | ({"cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else set())
+
+#: Device types on which the CUDA C++ kernels can be launched; a test adds "cpu" while the emulator
+#: executes them there.
+CUDA_DEVICES = {"cuda"}
 
 _override: str | None = None
 _TRANSFORMED = "transform"
@@ -43,7 +54,8 @@ class Request:
 
     `shapes` are the sizes of the op's leading tensors, `options` the names of the optional features
     in use, `head_dim` is 0 for ops without heads, `requested` a backend's name or None.
-    `capability` is that of the GPU, 80 for sm_80, and 0 where there is none.
+    `capability` is that of the GPU, 80 for sm_80, and 0 where there is none. `trains` is whether a
+    backward pass will follow.
     """
 
     op: str
@@ -54,6 +66,7 @@ class Request:
     head_dim: int = 0
     requested: str | None = None
     capability: int = 0
+    trains: bool = False
 
 
 def device_capability(index: int | None) -> int:
@@ -82,7 +95,7 @@ def refusal(backend: str, request: Request) -> str | None:
     if _TRANSFORMED in request.options and backend != "reference":
         return "torch.func and forward-mode AD need plain PyTorch, which they can take apart"
     if backend == "cuda":
-        return "the CUDA C++ kernels are not part of this release"
+        return _cuda_refusal(request)
     if backend == "reference":
         return None
     if backend == "cpu":
@@ -111,6 +124,38 @@ def refusal(backend: str, request: Request) -> str | None:
     return None
 
 
+def _cuda_refusal(request: Request) -> str | None:
+    """Return why the CUDA C++ kernels cannot serve `request`, or None."""
+    if request.device not in CUDA_DEVICES:
+        return f"the CUDA C++ kernels do not run on {request.device} tensors"
+    if request.op not in _CUDA_OPS:
+        return f"there is no CUDA C++ kernel for {request.op} yet"
+    if request.dtype not in cuda_attention.DTYPES:
+        return f"the CUDA C++ kernels take float16 and bfloat16, not {request.dtype}"
+    if request.head_dim not in cuda_attention.HEAD_DIMS:
+        dims = ", ".join(map(str, cuda_attention.HEAD_DIMS))
+        return f"the CUDA C++ kernels take head dims {dims}, not {request.head_dim}"
+    if request.trains and request.head_dim not in cuda_attention.BACKWARD_HEAD_DIMS:
+        return f"the CUDA C++ kernels have no backward pass at head dim {request.head_dim}"
+    unsupported = request.options - cuda_attention.OPTIONS
+    if unsupported:
+        return f"the CUDA C++ kernels do not take {', '.join(sorted(unsupported))}"
+    if request.device == "cpu":
+        return None  # the emulator
+    if request.capability < _LEAST_CAPABILITY:
+        return (
+            f"the CUDA C++ kernels need a GPU of sm_{_LEAST_CAPABILITY} or newer, this one is "
+            f"sm_{request.capability}"
+        )
+    return library.refusal(request.capability)
+
+
+def _prefers_cuda(request: Request) -> bool:
+    """Return whether CUDA C++ goes before Triton where both can serve."""
+    family = request.capability // 10 in _CUDA_FAMILIES
+    return family and request.head_dim in cuda_attention.BACKWARD_HEAD_DIMS
+
+
 def choose_backend(request: Request) -> tuple[str, str]:
     """Return the backend that serves `request` and the reason, as a sentence.
 
@@ -134,10 +179,17 @@ def choose_backend(request: Request) -> tuple[str, str]:
         if reason is None:
             return "cpu", "the tensors are on the cpu"
         return "reference", f"plain PyTorch, because {reason}"
-    reason = refusal("triton", request)
-    if reason is None:
-        return "triton", f"fused Triton kernels serve this call on {request.device}"
-    return "reference", f"plain PyTorch, because {reason}"
+    cuda, triton = refusal("cuda", request), refusal("triton", request)
+    gpu = f"sm_{request.capability}"
+    if cuda is None and _prefers_cuda(request):
+        return "cuda", f"the CUDA C++ kernels score better than the Triton ones on {gpu}"
+    if triton is None:
+        if cuda is not None:
+            return "triton", f"fused Triton kernels serve this call on {request.device}"
+        return "triton", f"Triton goes before CUDA C++ on {gpu} at head dim {request.head_dim}"
+    if cuda is None:
+        return "cuda", f"the CUDA C++ kernels serve this call, because {triton}"
+    return "reference", f"plain PyTorch, because {triton}"
 
 
 def requested_backend(backend: str | None) -> str | None:
@@ -260,6 +312,15 @@ def request_for(
         options = options | {_TRANSFORMED}
     device = lead.device
     capability = device_capability(device.index) if device.type == "cuda" else 0
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (lead, *others))
     return Request(
-        op, device.type, dtype or lead.dtype, shapes, options, head_dim, requested, capability
+        op,
+        device.type,
+        dtype or lead.dtype,
+        shapes,
+        options,
+        head_dim,
+        requested,
+        capability,
+        trains,
     )

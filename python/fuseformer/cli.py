@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .info import describe
+from .info import describe, describe_kernels
 from .tuning.recipe import Recipe, add_flags, flags_given, merged, read_recipe
 
 Command = Callable[[argparse.Namespace], str]
@@ -72,7 +72,7 @@ def _demo(arguments: argparse.Namespace) -> str:
 
 
 def _info(arguments: argparse.Namespace) -> str:
-    return describe()
+    return describe() if arguments.kernels is None else describe_kernels(arguments.kernels)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,15 @@ def _parser() -> argparse.ArgumentParser:
         own.set_defaults(run=run)
         return own
 
-    command("info", _info, "versions, devices, which backends can run here and why others cannot")
+    text = "versions, devices, which backends can run here and why others cannot"
+    own = command("info", _info, text)
+    own.add_argument(
+        "--kernels",
+        type=int,
+        metavar="ARCH",
+        help="instead, tiles, registers and occupancy of the CUDA C++ kernels compiled for ARCH, "
+        "80 for sm_80",
+    )
 
     own = command("pretrain", _pretrain, "train a new model on plain text")
     _add_training(own)

@@ -87,20 +87,23 @@ def build(
     kernels: Path | None = None,
     *,
     bindings: str = "bindings",
+    host: Sequence[str] = ("attention/attention.cpp",),
     sources: Path = SOURCES,
     runtime: Path = SOURCES,
 ) -> ModuleType:
     """Return the emulator with the kernels of a translation unit, those of attention unless given.
 
-    `bindings` names the file of the emulator that offers them to Python. The kernels' headers come
-    from `sources`, the emulator from `runtime`: both may be changed copies of the folder. Raises
-    `RuntimeError` with what the compiler said.
+    `bindings` names the file of the emulator that offers them to Python, `host` the sources that
+    check arguments and launch. The kernels' headers come from `sources`, the emulator from
+    `runtime`: both may be changed copies of the folder. Raises `RuntimeError` with what the
+    compiler said.
     """
     kernels = kernels or sources / "emulator" / "attention_kernels.cpp"
     python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     objects = [
         compiled(kernels, MODES[mode], sources),
         *(compiled(runtime / "emulator" / f"{name}.cpp", ["-O2"], runtime) for name in RUNTIME),
+        *(compiled(sources / name, ["-O2"], sources) for name in host),
         compiled(SOURCES / "emulator" / f"{bindings}.cpp", [*python, "-fvisibility=hidden"]),
     ]
     names = [path.name for path in objects]

@@ -22,7 +22,11 @@ from .registration import (
 
 def _kernels(backend: str) -> Any:
     return importlib.import_module(
-        {"triton": "fuseformer.kernels.attention", "cpu": "fuseformer.cpu.attention"}[backend]
+        {
+            "cuda": "fuseformer.cuda.attention",
+            "triton": "fuseformer.kernels.attention",
+            "cpu": "fuseformer.cpu.attention",
+        }[backend]
     )
 
 
@@ -38,7 +42,7 @@ def default_scale(q: Tensor) -> float:
 
 def used_options(**named: Any) -> frozenset[str]:
     """Return the names of the optional features that are in use."""
-    unused = (None, 0.0, (-1, -1))
+    unused = (None, False, 0.0, (-1, -1))
     return frozenset(n for n, x in named.items() if isinstance(x, Tensor) or x not in unused)
 
 
@@ -63,10 +67,12 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     options = used_options(
         bias=bias,
+        key_padding_mask=key_padding_mask,
         window=(window_left, window_right),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        **{"scale <= 0": scale <= 0},
     )
     record(request_for("attention", q, k, options=options, head_dim=q.shape[-1]), backend)
     out, lse = _kernels(backend).attention_forward(
@@ -323,13 +329,20 @@ def attention(
     alignment, sides = checks.causal(causal), checks.window(window)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
     p = checks.probability("dropout_p", dropout_p)
+    not_positive = scale is not None and checks.finite("scale", scale) <= 0
     scale = default_scale(q) if scale is None else checks.finite("scale", scale)
     request = request_for(
         "attention",
         q,
         k,
         options=used_options(
-            bias=bias, window=sides, softcap=cap, alibi_slopes=alibi_slopes, sinks=sinks
+            bias=bias,
+            key_padding_mask=key_padding_mask,
+            window=sides,
+            softcap=cap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            **{"scale <= 0": not_positive},
         ),
         head_dim=q.shape[-1],
         requested=requested_backend(backend),

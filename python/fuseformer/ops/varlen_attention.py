@@ -29,9 +29,11 @@ from .registration import (
 
 def _kernels(backend: str) -> Any:
     return importlib.import_module(
-        {"triton": "fuseformer.kernels.attention", "cpu": "fuseformer.cpu.varlen_attention"}[
-            backend
-        ]
+        {
+            "cuda": "fuseformer.cuda.attention",
+            "triton": "fuseformer.kernels.attention",
+            "cpu": "fuseformer.cpu.varlen_attention",
+        }[backend]
     )
 
 
@@ -62,6 +64,7 @@ def _varlen_attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        **{"scale <= 0": scale <= 0},
     )
     record(request_for("varlen_attention", q, k, options=options, head_dim=q.shape[-1]), backend)
     out, lse = _kernels(backend).varlen_attention_forward(
@@ -274,6 +277,7 @@ def varlen_attention(
     alignment, sides = checks.causal(causal), checks.window(window)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
     p = checks.probability("dropout_p", dropout_p)
+    not_positive = scale is not None and checks.finite("scale", scale) <= 0
     scale = default_scale(q) if scale is None else checks.finite("scale", scale)
     dtype = autocast_dtype(q)
     request = request_for(
@@ -281,7 +285,12 @@ def varlen_attention(
         q,
         k,
         options=used_options(
-            bias=bias, window=sides, softcap=cap, alibi_slopes=alibi_slopes, sinks=sinks
+            bias=bias,
+            window=sides,
+            softcap=cap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            **{"scale <= 0": not_positive},
         ),
         head_dim=q.shape[-1],
         requested=requested_backend(backend),

@@ -1,0 +1,49 @@
+// The table of tiles, for people and for tests: what `traits.h` says, at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "traits.h"
+
+namespace fuseformer {
+
+struct TileRow {
+  std::string pass;  // "forward", "backward", or "backward small" for GPUs of less shared memory
+  int head_dim;
+  int block_m;
+  int block_n;
+  int threads;
+  int stages;
+  int shared_bytes;
+};
+
+template <typename Traits>
+TileRow tile_row(const char* pass) {
+  return {pass,
+          Traits::kHeadDim,
+          Traits::kBlockM,
+          Traits::kBlockN,
+          Traits::kThreads,
+          Traits::kStages,
+          Traits::kSharedBytes};
+}
+
+inline std::vector<TileRow> attention_tiles() {
+  using Element = void;  // sizes are those of any 16-bit number
+  return {
+      tile_row<ForwardConfig<Element, 32>>("forward"),
+      tile_row<ForwardConfig<Element, 64>>("forward"),
+      tile_row<ForwardConfig<Element, 96>>("forward"),
+      tile_row<ForwardConfig<Element, 128>>("forward"),
+      tile_row<ForwardConfig<Element, 256>>("forward"),
+      tile_row<BackwardConfig<Element, 32>>("backward"),
+      tile_row<BackwardConfig<Element, 64>>("backward"),
+      tile_row<BackwardConfig<Element, 96>>("backward"),
+      tile_row<BackwardConfig<Element, 128>>("backward"),
+      tile_row<SmallBackwardConfig<Element, 96>>("backward small"),
+      tile_row<SmallBackwardConfig<Element, 128>>("backward small"),
+  };
+}
+
+}  // namespace fuseformer

@@ -1,0 +1,37 @@
+// `fuseformer._host`: what was compiled, for Python to ask; neither torch nor CUDA is needed.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "attention/tiles.h"
+
+#if !defined(FUSEFORMER_ARCHS)
+#define FUSEFORMER_ARCHS ""
+#endif
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
+  m.doc() = "What the CUDA C++ kernels of this installation are.";
+  m.def(
+      "architectures", [] { return std::string(FUSEFORMER_ARCHS); },
+      "Return the GPU architectures that were compiled, as FUSEFORMER_ARCHS names them.");
+  m.def(
+      "attention_tiles",
+      [] {
+        py::list rows;
+        for (const fuseformer::TileRow& tile : fuseformer::attention_tiles()) {
+          py::dict row;
+          row["pass"] = tile.pass;
+          row["head_dim"] = tile.head_dim;
+          row["block_m"] = tile.block_m;
+          row["block_n"] = tile.block_n;
+          row["threads"] = tile.threads;
+          row["stages"] = tile.stages;
+          row["shared_bytes"] = tile.shared_bytes;
+          rows.append(row);
+        }
+        return rows;
+      },
+      "Return the tiles of the attention kernels: queries and keys of a tile, threads, stages, and "
+      "bytes of dynamic shared memory of a block.");
+}

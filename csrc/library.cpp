@@ -1,0 +1,214 @@
+// The ops of `fuseformer._C`, in PyTorch's stable ABI: one library for every torch from 2.10 on.
+//
+// They fill tensors that Python has allocated: no memory but the caching allocator's is used, and
+// nothing waits for the GPU, so that calls can be captured in a CUDA graph.
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "attention/attention.h"
+
+#if defined(FUSEFORMER_CUDA)
+#include <cuda_runtime_api.h>
+
+// Only the CUDA builds of torch have it: where it is missing no CUDA tensor gets here.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace {
+
+using fuseformer::AttentionArguments;
+using fuseformer::AttentionGradientArguments;
+using fuseformer::DType;
+using fuseformer::TensorView;
+using torch::stable::Tensor;
+
+// Names of the arguments as errors show them, in the order of the schemas.
+constexpr const char* kAttention = "Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, ";
+constexpr const char* kGradients =
+    "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) lse_log2, Tensor(e!) delta, "
+    "Tensor(f!) dq_sums, Tensor(g!)? dq_turns, ";
+constexpr const char* kOptions =
+    "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, "
+    "int max_seqlen_q, int max_seqlen_k, int window_left, int window_right, bool bottom_right, "
+    "float scale, int dropout_threshold, float dropout_scale) -> ()";
+
+#if defined(FUSEFORMER_CUDA)
+
+DType dtype_of(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBfloat16;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::Long:
+      return DType::kInt64;
+    default:
+      return DType::kOther;
+  }
+}
+
+TensorView view(const char* name, const Tensor& x) {
+  TensorView seen;
+  seen.name = name;
+  STD_TORCH_CHECK(x.is_cuda(), name, ": got a tensor that is not on a GPU, expected one that is");
+  seen.data = const_cast<void*>(x.data_ptr());
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    seen.sizes.push_back(x.size(i));
+    seen.strides.push_back(x.stride(i));
+  }
+  seen.dtype = dtype_of(x);
+  seen.device = x.get_device_index();
+  seen.given = true;
+  return seen;
+}
+
+TensorView view(const char* name, const std::optional<Tensor>& x) {
+  if (x.has_value()) return view(name, *x);
+  TensorView none;
+  none.name = name;
+  return none;
+}
+
+fuseformer::Stream current_stream(int device) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "fuseformer: this torch was built without CUDA");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0,
+                  "fuseformer: torch has no current stream for device ", device);
+  return stream;
+}
+
+struct Options {
+  const std::optional<Tensor>&key_lengths, &cu_seqlens_q, &cu_seqlens_k, &seed;
+  int64_t max_seqlen_q, max_seqlen_k, window_left, window_right;
+  bool bottom_right;
+  double scale;
+  int64_t dropout_threshold;
+  double dropout_scale;
+
+  void give(AttentionArguments& a) const {
+    a.key_lengths = view("key_lengths", key_lengths);
+    a.cu_seqlens_q = view("cu_seqlens_q", cu_seqlens_q);
+    a.cu_seqlens_k = view("cu_seqlens_k", cu_seqlens_k);
+    a.seed = view("seed", seed);
+    a.max_seqlen_q = max_seqlen_q;
+    a.max_seqlen_k = max_seqlen_k;
+    a.window_left = window_left;
+    a.window_right = window_right;
+    a.bottom_right = bottom_right;
+    a.scale = scale;
+    a.dropout_threshold = dropout_threshold;
+    a.dropout_scale = dropout_scale;
+  }
+};
+
+void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                       const Tensor& lse, const std::optional<Tensor>& key_lengths,
+                       const std::optional<Tensor>& cu_seqlens_q,
+                       const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seed,
+                       int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
+                       int64_t window_right, bool bottom_right, double scale,
+                       int64_t dropout_threshold, double dropout_scale) {
+  AttentionArguments a;
+  a.q = view("q", q);
+  a.k = view("k", k);
+  a.v = view("v", v);
+  a.out = view("out", out);
+  a.lse = view("lse", lse);
+  Options{key_lengths, cu_seqlens_q, cu_seqlens_k, seed,  max_seqlen_q,      max_seqlen_k,
+          window_left, window_right, bottom_right, scale, dropout_threshold, dropout_scale}
+      .give(a);
+  const torch::stable::accelerator::DeviceGuard guard(a.q.device);
+  run_attention_forward(a, current_stream(a.q.device));
+}
+
+void attention_backward(
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& dq, const Tensor& dk,
+    const Tensor& dv, const Tensor& lse_log2, const Tensor& delta, const Tensor& dq_sums,
+    const std::optional<Tensor>& dq_turns, const std::optional<Tensor>& key_lengths,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seed, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    int64_t window_left, int64_t window_right, bool bottom_right, double scale,
+    int64_t dropout_threshold, double dropout_scale) {
+  AttentionGradientArguments a;
+  a.q = view("q", q);
+  a.k = view("k", k);
+  a.v = view("v", v);
+  a.out = view("out", out);
+  a.lse = view("lse", lse);
+  a.dout = view("dout", dout);
+  a.dlse = view("dlse", dlse);
+  a.dq = view("dq", dq);
+  a.dk = view("dk", dk);
+  a.dv = view("dv", dv);
+  a.lse_log2 = view("lse_log2", lse_log2);
+  a.delta = view("delta", delta);
+  a.dq_sums = view("dq_sums", dq_sums);
+  a.dq_turns = view("dq_turns", dq_turns);
+  Options{key_lengths, cu_seqlens_q, cu_seqlens_k, seed,  max_seqlen_q,      max_seqlen_k,
+          window_left, window_right, bottom_right, scale, dropout_threshold, dropout_scale}
+      .give(a);
+  const torch::stable::accelerator::DeviceGuard guard(a.q.device);
+  run_attention_backward(a, current_stream(a.q.device));
+}
+
+int64_t attention_step_rows(const Tensor& q) {
+  const TensorView seen = view("q", q);
+  const torch::stable::accelerator::DeviceGuard guard(seen.device);
+  return fuseformer::attention_step_rows(seen.sizes.empty() ? 0 : seen.sizes.back(), seen.dtype);
+}
+
+// The newest CUDA that the driver knows, 13000 for 13.0; 0 without a driver.
+int64_t driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+int64_t runtime_version() { return CUDART_VERSION; }
+
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fuseformer_cuda, m) {
+  m.def((std::string("attention_forward(") + kAttention + kOptions).c_str());
+  m.def((std::string("attention_backward(") + kGradients + kOptions).c_str());
+  m.def("attention_step_rows(Tensor q) -> int");
+  m.def("driver_version() -> int");
+  m.def("runtime_version() -> int");
+}
+
+#if defined(FUSEFORMER_CUDA)
+
+STABLE_TORCH_LIBRARY_IMPL(fuseformer_cuda, CUDA, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_step_rows", TORCH_BOX(&attention_step_rows));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fuseformer_cuda, CompositeExplicitAutograd, m) {
+  m.impl("driver_version", TORCH_BOX(&driver_version));
+  m.impl("runtime_version", TORCH_BOX(&runtime_version));
+}
+
+#endif
+
+// Importing the module is loading the library; it has no names of its own.
+extern "C" PyObject* PyInit__C() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,168 @@
+"""The extension, built by the compilers of the package index for one architecture, and loaded."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+#: What the library may take from torch: its stable C interface.
+STABLE = re.compile(r"aoti_torch_\w+|torch_library_impl|torch_(dtype|device|call|exception)_?\w*")
+
+
+def run(*command, **changes):
+    return subprocess.run(
+        [*map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"FUSEFORMER_BUILD": "cuda", "FUSEFORMER_ARCHS": "80"} | changes,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def build_into(folder, **changes):
+    return run(
+        *(sys.executable, "setup.py", "-q", "build_ext"),
+        *("--build-lib", folder, "--build-temp", folder / "objects"),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory):
+    """A copy of the package with what was built."""
+    folder = tmp_path_factory.mktemp("built")
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build/extension.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one compiles, the others find objects
+        done = build_into(folder, MAX_JOBS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for source, target in (("python/fuseformer", "fuseformer"), ("kernels", "fuseformer/kernels")):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
+        shutil.copytree(ROOT / source, folder / target, ignore=ignored, dirs_exist_ok=True)
+    return folder
+
+
+def python(installation, code):
+    done = run(sys.executable, "-c", code, PYTHONPATH=str(installation))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_library_loads_where_no_gpu_is(installation):
+    said = python(
+        installation,
+        "import torch\n"
+        "from fuseformer.cuda import library\n"
+        "assert library.problem() is None\n"
+        "ops = library.ops()\n"
+        "print(ops.attention_forward.default._schema)\n"
+        "print(ops.runtime_version(), library.runs_on(86, library.build()['architectures']))\n"
+        "print(library.refusal(90)); print(library.refusal(80))\n",
+    ).splitlines()
+    assert said[0].startswith("fuseformer_cuda::attention_forward(Tensor q, Tensor k, Tensor v")
+    assert said[1] == "13000 True"
+    assert said[2] == "the CUDA C++ kernels were compiled for 80, not for sm_90"
+    assert said[3] == "None" or "update the driver" in said[3]
+
+
+def test_the_schemas_take_what_python_and_the_emulator_give(installation):
+    said = python(
+        installation,
+        "from fuseformer.cuda import library\n"
+        "for name in ('forward', 'backward'):\n"
+        "    schema = getattr(library.ops(), 'attention_' + name).default._schema\n"
+        "    print(*(a.name for a in schema.arguments))\n",
+    ).splitlines()
+    bindings = (ROOT / "csrc/emulator/bindings.cpp").read_text()
+    for names, function in zip(said, ("forward", "backward"), strict=True):
+        part = bindings.split(f'm.def("attention_{function}"')[1].split("m.def")[0]
+        placed = re.findall(r'view\("(\w+)", args\[(\d+)\]\)', part)
+        options = int(re.search(r"give_options\(a, args, (\d+)\)", part)[1])
+        assert [name for name, _ in placed] == names.split()[:options]
+        assert [int(place) for _, place in placed] == list(range(options))
+
+
+def test_a_gpu_only_op_refuses_other_tensors(installation):
+    said = python(
+        installation,
+        "import torch\n"
+        "from fuseformer.cuda import library\n"
+        "try: library.ops().attention_step_rows(torch.zeros(1, 1, 8, 64))\n"
+        "except NotImplementedError as error: print(error)\n",
+    )
+    assert "'CPU' backend" in said
+
+
+def test_only_stable_symbols_of_torch_are_used(installation):
+    library = next((installation / "fuseformer").glob("_C.abi3.so"))
+    said = run("nm", "-D", "--undefined-only", library).stdout.split()
+    names = {name.split("@")[0] for name in said if len(name) > 1}
+    torch_names = {n for n in names if "torch" in n or "c10" in n or "at::" in n}
+    assert torch_names
+    assert [n for n in torch_names if not STABLE.fullmatch(n)] == []
+    needed = run("readelf", "-d", library).stdout
+    assert "libtorch.so" in needed
+    assert "libcudart" not in needed
+
+
+def test_the_record_and_the_tables(installation):
+    built = json.loads((installation / "fuseformer/_build.json").read_text())
+    assert built["mode"] == "cuda"
+    assert built["architectures"] == ["80"]
+    text = python(installation, "import fuseformer.cli as c; c.main(['info', '--kernels', '80'])")
+    rows = text.splitlines()[1:]
+    # Two dtypes, with and without dropout, of eleven tiles.
+    assert len(rows) == 4 * 11
+    row = next(r for r in rows if r.startswith("forward bf16 128 ")).split()
+    assert row[3] == "128x64"
+    assert row[4] == "256"
+    assert int(row[6]) <= 255
+    info = python(installation, "import fuseformer.cli as c; c.main(['info'])")
+    assert "CUDA C++     built with CUDA 13.0 for 80" in info
+    import_alone = python(
+        installation, "from fuseformer import _host; print(_host.architectures())"
+    )
+    assert import_alone.strip() == "80"
+
+
+def test_an_unchanged_build_compiles_nothing(installation, tmp_path):
+    objects = {p: p.stat().st_mtime_ns for p in (ROOT / "build/extension").glob("*.o")}
+    assert build_into(tmp_path).returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in (ROOT / "build/extension").glob("*.o")} == objects
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"FUSEFORMER_BUILD": "fast"}, "FUSEFORMER_BUILD: got 'fast', expected auto, none or cuda"),
+        ({"FUSEFORMER_ARCHS": "80,75"}, "FUSEFORMER_ARCHS: got '75', expected some of 80, "),
+        ({"CXX": "", "PATH": "/nowhere"}, "no C++ compiler was found: install g++"),
+    ],
+)
+def test_what_is_missing_is_said_with_the_remedy(changes, said, tmp_path):
+    done = build_into(tmp_path, **changes)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+    assert "Traceback" not in done.stderr
+
+
+def test_an_old_compiler_is_named(tmp_path):
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "lib64").mkdir()
+    (home / "lib64/libcudart_static.a").touch()
+    nvcc = home / "bin/nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    nvcc.chmod(0o755)
+    done = build_into(tmp_path / "out", CUDA_HOME=str(home))
+    assert done.returncode == 1
+    assert "is CUDA 11.8; 12.4 or newer is needed" in done.stderr
