@@ -31,10 +31,10 @@ CACHE = ROOT / "build" / "extension"
 DEFAULT_ARCHS = "80,90,100,120+PTX"
 KNOWN_ARCHS = ("80", "86", "87", "89", "90", "100", "103", "120", "121")
 LEAST_CUDA = (12, 4)
-HOST_SOURCES = ("library.cpp", "attention/attention.cpp")
+HOST_SOURCES = ("library.cpp", "attention/attention.cpp", "attention/decode.cpp")
 KERNEL_SOURCES = tuple(
     f"attention/{which}_{dtype}.cu"
-    for which in ("backward", "forward")
+    for which in ("backward", "forward", "decode")
     for dtype in ("bf16", "fp16")
 )
 # The oldest torch whose stable ABI is used.

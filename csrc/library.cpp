@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "attention/attention.h"
+#include "attention/decode.h"
 
 #if defined(FUSEFORMER_CUDA)
 #include <cuda_runtime_api.h>
@@ -165,6 +166,29 @@ void attention_backward(
   run_attention_backward(a, current_stream(a.q.device));
 }
 
+void attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                      const Tensor& out, const Tensor& lse, const Tensor& lengths,
+                      const std::optional<Tensor>& block_table,
+                      const std::optional<Tensor>& partial_out,
+                      const std::optional<Tensor>& partial_lse, int64_t splits, int64_t window_left,
+                      double scale) {
+  fuseformer::DecodeArguments a;
+  a.q = view("q", q);
+  a.k_cache = view("k_cache", k_cache);
+  a.v_cache = view("v_cache", v_cache);
+  a.out = view("out", out);
+  a.lse = view("lse", lse);
+  a.lengths = view("lengths", lengths);
+  a.block_table = view("block_table", block_table);
+  a.partial_out = view("partial_out", partial_out);
+  a.partial_lse = view("partial_lse", partial_lse);
+  a.splits = splits;
+  a.window_left = window_left;
+  a.scale = scale;
+  const torch::stable::accelerator::DeviceGuard guard(a.q.device);
+  run_decode(a, current_stream(a.q.device));
+}
+
 int64_t attention_step_rows(const Tensor& q) {
   const TensorView seen = view("q", q);
   const torch::stable::accelerator::DeviceGuard guard(seen.device);
@@ -186,6 +210,10 @@ int64_t runtime_version() { return CUDART_VERSION; }
 STABLE_TORCH_LIBRARY(fuseformer_cuda, m) {
   m.def((std::string("attention_forward(") + kAttention + kOptions).c_str());
   m.def((std::string("attention_backward(") + kGradients + kOptions).c_str());
+  m.def(
+      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor(a!) out, Tensor(b!) lse, "
+      "Tensor lengths, Tensor? block_table, Tensor(c!)? partial_out, Tensor(d!)? partial_lse, "
+      "int splits, int window_left, float scale) -> ()");
   m.def("attention_step_rows(Tensor q) -> int");
   m.def("driver_version() -> int");
   m.def("runtime_version() -> int");
@@ -196,6 +224,7 @@ STABLE_TORCH_LIBRARY(fuseformer_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(fuseformer_cuda, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_decode", TORCH_BOX(&attention_decode));
   m.impl("attention_step_rows", TORCH_BOX(&attention_step_rows));
 }
 

@@ -50,8 +50,9 @@ def usable(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "chosen", "because"),
     [
-        ({"capability": 80}, "cuda", "score better than the Triton ones on sm_80"),
+        ({"capability": 80}, "cuda", "CUDA C++ goes before Triton on sm_80"),
         ({"capability": 86}, "cuda", "sm_86"),
+        ({"op": "decode_attention"}, "cuda", "sm_80"),
         ({"capability": 89}, "cuda", "sm_89"),
         ({"capability": 120}, "cuda", "sm_120"),
         ({"capability": 90}, "triton", "Triton goes before CUDA C++ on sm_90"),

@@ -1,57 +1,10 @@
 #include "attention.h"
 
-#include <cmath>
-#include <limits>
-
+#include "checks.h"
 #include "entry.h"
 
 namespace fuseformer {
 namespace {
-
-constexpr int64_t kMostRows = kNoWindow;
-
-int64_t require_dims(const TensorView& x, int64_t wanted) {
-  if (static_cast<int64_t>(x.sizes.size()) != wanted) {
-    refuse(x, "shape " + shape_text(x.sizes), std::to_string(wanted) + " dimensions");
-  }
-  return wanted;
-}
-
-int within(const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most) {
-    throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value) +
-                                ", expected " + std::to_string(least) + " to " +
-                                std::to_string(most));
-  }
-  return static_cast<int>(value);
-}
-
-// A tensor of rows for heads like `like`, of as many heads and rows as `sizes` says.
-HeadTensor head_tensor(const TensorView& x, const TensorView& like,
-                       const std::vector<int64_t>& sizes) {
-  require_shape(x, sizes);
-  require_dtype(x, like.dtype);
-  require_device(x, like);
-  require_rows_of_16_bytes(x);
-  if (x.sizes.size() == 3) return {x.data, 0, x.strides[1], x.strides[0]};
-  return {x.data, x.strides[0], x.strides[1], x.strides[2]};
-}
-
-const int* offsets(const TensorView& x, const TensorView& like, int64_t size) {
-  require_dtype(x, DType::kInt32);
-  require_device(x, like);
-  require_shape(x, {size});
-  require_contiguous(x);
-  return static_cast<const int*>(x.data);
-}
-
-float* workspace(const TensorView& x, const TensorView& like, const std::vector<int64_t>& sizes) {
-  require_dtype(x, DType::kFloat32);
-  require_device(x, like);
-  require_shape(x, sizes);
-  require_contiguous(x);
-  return static_cast<float*>(x.data);
-}
 
 AttentionParams params_of(const AttentionArguments& a) {
   const bool packed = a.cu_seqlens_q.given;
@@ -100,19 +53,10 @@ AttentionParams params_of(const AttentionArguments& a) {
     params.keys = static_cast<int>(keys);
     if (a.key_lengths.given) params.key_lengths = offsets(a.key_lengths, a.q, params.batch);
   }
-  const auto side = [](const char* name, int64_t window) {
-    const int given = within(name, window, -1, std::numeric_limits<int>::max());
-    return given < 0 || given > kNoWindow ? kNoWindow : given;
-  };
-  params.window_left = side("window_left", a.window_left);
-  params.window_right = side("window_right", a.window_right);
+  params.window_left = window_side("window_left", a.window_left);
+  params.window_right = window_side("window_right", a.window_right);
   params.bottom_right = a.bottom_right;
-  // The kernels find the largest product before they scale it.
-  if (!(a.scale > 0.0) || std::isinf(a.scale)) {
-    throw std::invalid_argument("scale: got " + std::to_string(a.scale) +
-                                ", expected a positive, finite one");
-  }
-  params.scale = static_cast<float>(a.scale);
+  params.scale = positive_scale(a.scale);
   if (a.seed.given) {
     require_dtype(a.seed, DType::kInt64);
     require_device(a.seed, a.q);
@@ -123,10 +67,6 @@ AttentionParams params_of(const AttentionArguments& a) {
     params.dropout_scale = static_cast<float>(a.dropout_scale);
   }
   return params;
-}
-
-void check_launch(const char* failure) {
-  if (failure != nullptr) throw std::runtime_error(std::string("attention: ") + failure);
 }
 
 int head_dim_of(const AttentionArguments& a) { return static_cast<int>(a.q.sizes.back()); }

@@ -9,7 +9,8 @@
 namespace fuseformer {
 
 struct TileRow {
-  std::string pass;  // "forward", "backward", or "backward small" for GPUs of less shared memory
+  std::string
+      pass;  // "forward", "backward", "backward small" for GPUs of less shared memory, "decode"
   int head_dim;
   int block_m;
   int block_n;
@@ -29,6 +30,12 @@ TileRow tile_row(const char* pass) {
           Traits::kSharedBytes};
 }
 
+template <typename Traits>
+TileRow decode_row() {
+  return {"decode",         Traits::kHeadDim, Traits::kRows,       Traits::kBlockN,
+          Traits::kThreads, Traits::kStages,  Traits::kSharedBytes};
+}
+
 inline std::vector<TileRow> attention_tiles() {
   using Element = void;  // sizes are those of any 16-bit number
   return {
@@ -43,6 +50,11 @@ inline std::vector<TileRow> attention_tiles() {
       tile_row<BackwardConfig<Element, 128>>("backward"),
       tile_row<SmallBackwardConfig<Element, 96>>("backward small"),
       tile_row<SmallBackwardConfig<Element, 128>>("backward small"),
+      decode_row<DecodeTraits<Element, 32>>(),
+      decode_row<DecodeTraits<Element, 64>>(),
+      decode_row<DecodeTraits<Element, 96>>(),
+      decode_row<DecodeTraits<Element, 128>>(),
+      decode_row<DecodeTraits<Element, 256>>(),
   };
 }
 

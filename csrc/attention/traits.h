@@ -80,4 +80,23 @@ struct SmallBackwardConfig<Element, 96> : BackwardTraits<Element, 96, 64, 64, 2>
 template <typename Element>
 struct SmallBackwardConfig<Element, 128> : BackwardTraits<Element, 128, 32, 128, 1> {};
 
+// Decoding, a warp takes sixteen keys of a step for sixteen rows: heads that share keys, times new
+// tokens.
+template <typename Element_, int kHeadDim_>
+struct DecodeTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRows = 16;
+  static constexpr int kBlockN = kHeadDim > 128 ? 32 : 64;  // keys of a step
+  static constexpr int kWarps = kBlockN / 16;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kStages = 2;
+  // Floats from one row of a warp's sums to the next: four rows fall into different banks.
+  static constexpr int kSumStride = kHeadDim + 8;
+  static constexpr int kTileBytes = 2 * kHeadDim * (kRows + 2 * kStages * kBlockN);
+  static constexpr int kSumBytes = 4 * kWarps * kRows * (2 + kSumStride);
+  static constexpr int kSharedBytes = kTileBytes > kSumBytes ? kTileBytes : kSumBytes;
+  static_assert(kSharedBytes <= kLeastShared && kBlockN * kHeadDim / 8 % kThreads == 0);
+};
+
 }  // namespace fuseformer

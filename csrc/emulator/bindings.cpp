@@ -1,5 +1,6 @@
 // The emulator with the attention kernels for Python: the calls that ship, from tensors on.
 #include "../attention/attention.h"
+#include "../attention/decode.h"
 #include "python.h"
 
 namespace fuseformer {
@@ -72,6 +73,22 @@ PYBIND11_MODULE(_emulator, m) {
     a.dq_turns = view("dq_turns", args[13]);
     give_options(a, args, 14);
     run_attention_backward(a, nullptr);
+  });
+  m.def("attention_decode", [](const py::args& args) {
+    DecodeArguments a;
+    a.q = view("q", args[0]);
+    a.k_cache = view("k_cache", args[1]);
+    a.v_cache = view("v_cache", args[2]);
+    a.out = view("out", args[3]);
+    a.lse = view("lse", args[4]);
+    a.lengths = view("lengths", args[5]);
+    a.block_table = view("block_table", args[6]);
+    a.partial_out = view("partial_out", args[7]);
+    a.partial_lse = view("partial_lse", args[8]);
+    a.splits = args[9].cast<int64_t>();
+    a.window_left = args[10].cast<int64_t>();
+    a.scale = args[11].cast<double>();
+    run_decode(a, nullptr);
   });
   m.def("attention_step_rows", [](const py::tuple& q) {
     const TensorView seen = view("q", q);

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cuda import attention as cuda_attention
+from .cuda import decode as cuda_decode
 from .cuda import library
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -26,7 +27,12 @@ _TRITON_OPS = (
     "linear_cross_entropy",
     "rotary",
 )
-_CUDA_OPS = ("attention", "varlen_attention")
+# With the options that each takes; dropout, causal masks and lengths are not named.
+_CUDA_OPS = {
+    "attention": cuda_attention.OPTIONS,
+    "varlen_attention": cuda_attention.OPTIONS,
+    "decode_attention": cuda_decode.OPTIONS,
+}
 # GPUs on which `mma.sync` is the way to the tensor cores; newer data-centre ones have wgmma and
 # tcgen05, which Triton uses.
 _CUDA_FAMILIES = (8, 12)
@@ -137,7 +143,7 @@ def _cuda_refusal(request: Request) -> str | None:
         return f"the CUDA C++ kernels take head dims {dims}, not {request.head_dim}"
     if request.trains and request.head_dim not in cuda_attention.BACKWARD_HEAD_DIMS:
         return f"the CUDA C++ kernels have no backward pass at head dim {request.head_dim}"
-    unsupported = request.options - cuda_attention.OPTIONS
+    unsupported = request.options - _CUDA_OPS[request.op]
     if unsupported:
         return f"the CUDA C++ kernels do not take {', '.join(sorted(unsupported))}"
     if request.device == "cpu":
@@ -182,7 +188,7 @@ def choose_backend(request: Request) -> tuple[str, str]:
     cuda, triton = refusal("cuda", request), refusal("triton", request)
     gpu = f"sm_{request.capability}"
     if cuda is None and _prefers_cuda(request):
-        return "cuda", f"the CUDA C++ kernels score better than the Triton ones on {gpu}"
+        return "cuda", f"CUDA C++ goes before Triton on {gpu}"
     if triton is None:
         if cuda is not None:
             return "triton", f"fused Triton kernels serve this call on {request.device}"

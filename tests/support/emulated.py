@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fuseformer import backends
-from fuseformer.cuda import attention, library
+from fuseformer.cuda import attention, decode, library
 
 _SHOWN = 20
 
@@ -66,6 +66,9 @@ class Ops:
 
     def attention_backward(self, *arguments: Any) -> None:
         self._call(self.emulator.attention_backward, arguments, written=(7, 8, 9))
+
+    def attention_decode(self, *arguments: Any) -> None:
+        self._call(self.emulator.attention_decode, arguments, written=(3, 4))
 
     def _call(self, function: Any, arguments: tuple[Any, ...], written: tuple[int, ...]) -> None:
         """Call `function`, and copy back the tensors at the places `written`."""
@@ -132,10 +135,10 @@ class Kernels:
             backends.CUDA_DEVICES.discard("cpu")
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(attention, name)
+        function = getattr(decode if name == "decode_attention" else attention, name)
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             with self.installed():
-                return function(*arguments)
+                return function(*arguments, **named)
 
         return call

@@ -87,7 +87,7 @@ def build(
     kernels: Path | None = None,
     *,
     bindings: str = "bindings",
-    host: Sequence[str] = ("attention/attention.cpp",),
+    host: Sequence[str] = ("attention/attention.cpp", "attention/decode.cpp"),
     sources: Path = SOURCES,
     runtime: Path = SOURCES,
 ) -> ModuleType:

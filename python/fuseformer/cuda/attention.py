@@ -38,7 +38,7 @@ def nondeterministic() -> Iterator[None]:
         _deterministic = previous
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """Return `x`, copied where its rows do not lie as 16-byte copies need them."""
     steps = x.stride()[:-1]
     whole = all(n == 1 or s % 8 == 0 for n, s in zip(x.shape[:-1], steps, strict=True))
@@ -75,7 +75,7 @@ def _options(
     )
 
 
-def _result_like(x: Tensor, *, zeros: bool) -> Tensor:
+def result_like(x: Tensor, *, zeros: bool) -> Tensor:
     """Return memory for a result that lies like `x` where its rows are aligned then."""
     made = torch.zeros_like(x) if zeros else torch.empty_like(x)
     if all(n == 1 or s % 8 == 0 for n, s in zip(made.shape[:-1], made.stride()[:-1], strict=True)):
@@ -86,11 +86,11 @@ def _result_like(x: Tensor, *, zeros: bool) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, packed: bool, options: Any) -> tuple[Tensor, Tensor]:
     # Rows between packed sequences are nobody's: they stay as they are made here.
     shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    out = _result_like(q, zeros=packed)
+    out = result_like(q, zeros=packed)
     lse = q.new_empty(shape, dtype=torch.float32)
     if packed:
         lse.fill_(-torch.inf)
-    library.ops().attention_forward(_aligned(q), _aligned(k), _aligned(v), out, lse, *options)
+    library.ops().attention_forward(aligned(q), aligned(k), aligned(v), out, lse, *options)
     return out, lse
 
 
@@ -107,8 +107,8 @@ def _backward(
     options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ops = library.ops()
-    q, k, v, out, dout = (_aligned(x) for x in (q, k, v, out, dout))
-    dq, dk, dv = (_result_like(x, zeros=packed) for x in (q, k, v))
+    q, k, v, out, dout = (aligned(x) for x in (q, k, v, out, dout))
+    dq, dk, dv = (result_like(x, zeros=packed) for x in (q, k, v))
     step = ops.attention_step_rows(q)
     heads, head_dim = q.shape[1], q.shape[-1]
     if packed:
@@ -136,7 +136,7 @@ def _backward(
     return dq, dk, dv
 
 
-def _require_options(
+def require_options(
     bias: Tensor | None,
     key_padding_mask: Tensor | None,
     alibi_slopes: Tensor | None,
@@ -174,7 +174,7 @@ def attention_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, Sq, D) and the log-sum-exp (B, H, Sq)."""
-    _require_options(bias, key_padding_mask, alibi_slopes, sinks, softcap)
+    require_options(bias, key_padding_mask, alibi_slopes, sinks, softcap)
     options = _options(key_lengths, None, seed, causal, window_left, window_right, scale, dropout_p)
     return _forward(q, k, v, False, options)
 
@@ -202,7 +202,7 @@ def attention_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None, None]:
     """Return dq, dk and dv, and None for the gradients of the bias and of the sinks."""
-    _require_options(bias, key_padding_mask, alibi_slopes, sinks, softcap)
+    require_options(bias, key_padding_mask, alibi_slopes, sinks, softcap)
     options = _options(key_lengths, None, seed, causal, window_left, window_right, scale, dropout_p)
     return (*_backward(dout, dlse, q, k, v, out, lse, q.shape[0], False, options), None, None)
 
@@ -227,7 +227,7 @@ def varlen_attention_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (Tq, H, D) and the log-sum-exp (H, Tq)."""
-    _require_options(bias, None, alibi_slopes, sinks, softcap)
+    require_options(bias, None, alibi_slopes, sinks, softcap)
     packing = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
     options = _options(None, packing, seed, causal, window_left, window_right, scale, dropout_p)
     return _forward(q, k, v, True, options)
@@ -258,7 +258,7 @@ def varlen_attention_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None, None]:
     """Return dq, dk and dv, and None for the gradients of the bias and of the sinks."""
-    _require_options(bias, None, alibi_slopes, sinks, softcap)
+    require_options(bias, None, alibi_slopes, sinks, softcap)
     packing = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
     options = _options(None, packing, seed, causal, window_left, window_right, scale, dropout_p)
     sequences = cu_seqlens_q.shape[0] - 1

@@ -37,11 +37,16 @@ def _decode_attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        **{"scale <= 0": scale <= 0},
     )
     record(
         request_for("decode_attention", q, k_cache, options=options, head_dim=q.shape[-1]), backend
     )
-    module = {"triton": "fuseformer.kernels.decode", "cpu": "fuseformer.cpu.decode_attention"}
+    module = {
+        "cuda": "fuseformer.cuda.decode",
+        "triton": "fuseformer.kernels.decode",
+        "cpu": "fuseformer.cpu.decode_attention",
+    }
     out, lse = importlib.import_module(module[backend]).decode_attention(
         q,
         k_cache,
@@ -190,6 +195,7 @@ def decode_attention(
         _validate(cache_lengths, capacity, block_table, k_cache.shape[0], k_cache.shape[2])
     sides = checks.window(window)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
+    not_positive = scale is not None and checks.finite("scale", scale) <= 0
     scale = default_scale(q) if scale is None else checks.finite("scale", scale)
     dtype = autocast_dtype(q)
     request = request_for(
@@ -202,6 +208,7 @@ def decode_attention(
             softcap=cap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
+            **{"scale <= 0": not_positive},
         ),
         head_dim=q.shape[-1],
         requested=requested_backend(backend),
