@@ -177,7 +177,7 @@ def resources(log):
     )
     for name, arch, stack, registers in re.findall(pattern, log, re.DOTALL):
         kernel = re.search(r"attention_(\w+?)_kernel", name)
-        config = re.search(r"(Small)?\w+?ConfigINS_\d+(Bfloat16|Half)ELi(\d+)E", name)
+        config = re.search(r"(Small)?\w+?(?:Config|Traits)INS_\d+(Bfloat16|Half)ELi(\d+)E", name)
         if kernel and config:
             found.append(
                 {

@@ -60,7 +60,7 @@ inline void require_shape(const TensorView& x, const std::vector<int64_t>& wante
 }
 
 inline void require_dtype(const TensorView& x, DType wanted) {
-  if (x.dtype != wanted) refuse(x, name_of(x.dtype), name_of(wanted));
+  if (x.dtype != wanted) refuse(x, x.given ? name_of(x.dtype) : "None", name_of(wanted));
 }
 
 inline void require_device(const TensorView& x, const TensorView& like) {

@@ -75,7 +75,7 @@ def test_the_public_op_and_what_it_refuses(plain):
                 *inputs, block_table=call["block_table"], softcap=3.0, backend="cuda"
             )
     exact, low = (
-        reference.decode_attention(*(x.to(d) for x in inputs[:3]), *list(call.values())[3:])[0]
+        reference.decode_attention(**call | {n: call[n].to(d) for n in names[:3]})[0]
         for d in (torch.float64, BF16)
     )
     assert_close_to_reference(out, exact, low)
@@ -88,26 +88,27 @@ def test_the_public_op_and_what_it_refuses(plain):
         (2, torch.zeros(2, 2, 31, 64, dtype=BF16), r"v_cache: got shape \(2, 2, 31, 64\)"),
         (6, torch.zeros(2, 4), "block_table: got float32, expected int32"),
         (9, 0, "splits: got 0, expected 1 to"),
-        (9, 2, "partial_out: got another dtype"),
+        (9, 2, "partial_out: got None, expected float32"),
     ],
 )
 def test_the_compiled_op_names_what_is_wrong(place, wrong, said, plain):
     q, cache = torch.zeros(2, 4, 1, 64, dtype=BF16), torch.zeros(2, 2, 32, 64, dtype=BF16)
     lengths = torch.zeros(2, dtype=torch.int32)
-    given = [
-        q,
-        cache,
-        cache,
-        q.clone(),
-        torch.zeros(2, 4, 1),
-        lengths,
-        None,
-        None,
-        None,
-        1,
-        -1,
-        1.0,
-    ]
+    given = [q, cache, cache, q.clone(), torch.zeros(2, 4, 1), lengths, None, None, None]
+    given += [1, -1, 1.0]
     given[place] = wrong
     with pytest.raises(ValueError, match=said):
         plain.ops.attention_decode(*given)
+
+
+def test_the_loop_over_keys_has_no_bank_conflict(shadow, monkeypatch):
+    """What there is, is of the end of a block: more keys have no more of it."""
+    monkeypatch.setattr(decode, "_splits", lambda *_: 1)
+    shadow.emulator.set_options(False, 1, "late", "exact", 80)
+    counts = []
+    for length in (64, 640):
+        check_decode(shadow, Case((8, 2), 2, 128, BF16, (length,), capacity=640))
+        counts.append(shadow.counters)
+    assert counts[1]["ldmatrix"] > 5 * counts[0]["ldmatrix"]
+    assert [c["ldmatrix_conflicts"] for c in counts] == [0, 0]
+    assert counts[0]["shared_conflicts"] == counts[1]["shared_conflicts"]

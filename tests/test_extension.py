@@ -77,15 +77,16 @@ def test_the_schemas_take_what_python_and_the_emulator_give(installation):
     said = python(
         installation,
         "from fuseformer.cuda import library\n"
-        "for name in ('forward', 'backward'):\n"
+        "for name in ('forward', 'backward', 'decode'):\n"
         "    schema = getattr(library.ops(), 'attention_' + name).default._schema\n"
         "    print(*(a.name for a in schema.arguments))\n",
     ).splitlines()
     bindings = (ROOT / "csrc/emulator/bindings.cpp").read_text()
-    for names, function in zip(said, ("forward", "backward"), strict=True):
+    for names, function in zip(said, ("forward", "backward", "decode"), strict=True):
         part = bindings.split(f'm.def("attention_{function}"')[1].split("m.def")[0]
         placed = re.findall(r'view\("(\w+)", args\[(\d+)\]\)', part)
-        options = int(re.search(r"give_options\(a, args, (\d+)\)", part)[1])
+        given = re.search(r"give_options\(a, args, (\d+)\)", part)
+        options = int(given[1]) if given else len(placed)
         assert [name for name, _ in placed] == names.split()[:options]
         assert [int(place) for _, place in placed] == list(range(options))
 
@@ -119,8 +120,8 @@ def test_the_record_and_the_tables(installation):
     assert built["architectures"] == ["80"]
     text = python(installation, "import fuseformer.cli as c; c.main(['info', '--kernels', '80'])")
     rows = text.splitlines()[1:]
-    # Two dtypes, with and without dropout, of eleven tiles.
-    assert len(rows) == 4 * 11
+    # Two dtypes, with and without dropout, of eleven tiles; decoding has no dropout.
+    assert len(rows) == 4 * 11 + 2 * 5
     row = next(r for r in rows if r.startswith("forward bf16 128 ")).split()
     assert row[3] == "128x64"
     assert row[4] == "256"

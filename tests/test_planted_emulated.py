@@ -12,6 +12,7 @@ BF16 = torch.bfloat16
 
 # Head dim 64 alone, which keeps operands in registers: what is planted is compiled for each bug.
 KERNELS = """
+#include "attention/decode_launch.h"
 #include "attention/launch.h"
 namespace fuseformer {
 template <>
@@ -36,6 +37,10 @@ template <>
 const char* attention_backward<Half>(const AttentionGradientParams&, int, Stream) {
   return "not built";
 }
+template <>
+const char* attention_decode<Bfloat16>(const DecodeParams&, int, Stream) { return "not built"; }
+template <>
+const char* attention_decode<Half>(const DecodeParams&, int, Stream) { return "not built"; }
 }  // namespace fuseformer
 """
 

@@ -14,6 +14,12 @@
 
 namespace fuseformer {
 
+// Two neighbouring numbers, which are read and written at once.
+struct alignas(8) FloatPair {
+  float low;
+  float high;
+};
+
 // The keys of a sequence that some row sees, and how its splits share them: whole steps.
 struct SplitRange {
   int length;
@@ -196,8 +202,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     float* target = outs + (warp * kRows + row) * Traits::kSumStride + lane % 4 * 2;
     FUSEFORMER_UNROLL
     for (int i = 0; i < kOutTiles; ++i) {
-      target[8 * i] = out[0][i][2 * half] * factor;
-      target[8 * i + 1] = out[0][i][2 * half + 1] * factor;
+      *reinterpret_cast<FloatPair*>(target + 8 * i) = {out[0][i][2 * half] * factor,
+                                                       out[0][i][2 * half + 1] * factor};
     }
   }
   block_barrier();
@@ -213,8 +219,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
     for (int other = 0; other < Traits::kWarps; ++other) {
       const int place = other * kRows + row;
       sum += sums[place] * exp2_approximate((tops[place] - shift) * scale_log2);
-      low += outs[place * Traits::kSumStride + column];
-      high += outs[place * Traits::kSumStride + column + 1];
+      const auto part =
+          *reinterpret_cast<const FloatPair*>(outs + place * Traits::kSumStride + column);
+      low += part.low;
+      high += part.high;
     }
     const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
     const float lse_log2 =
@@ -228,8 +236,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       if (column == 0) params.lse[place] = lse_log2 * 0.69314718f;
     } else {
       float* partial = params.partial_out + (place * params.splits + split) * kHeadDim + column;
-      partial[0] = low * factor;
-      partial[1] = high * factor;
+      *reinterpret_cast<FloatPair*>(partial) = {low * factor, high * factor};
       if (column == 0) params.partial_lse[place * params.splits + split] = lse_log2;
     }
   }
@@ -267,8 +274,9 @@ __global__ void __launch_bounds__(32 * kMergeRows)
       const float weight = exp2_approximate(lse[split] - shift);
       const float* partial =
           params.partial_out + (place * params.splits + split) * Traits::kHeadDim + column;
-      low += weight * partial[0];
-      high += weight * partial[1];
+      const FloatPair part = *reinterpret_cast<const FloatPair*>(partial);
+      low += weight * part.low;
+      high += weight * part.high;
     }
     write_decoded<Element>(params, batch, head, query, column, low * factor, high * factor);
   }

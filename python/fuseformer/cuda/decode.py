@@ -18,9 +18,9 @@ _ROWS, _STEP, _LEAST_STEPS = 16, 64, 4
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    """Return how many there are; the emulator is taken for a small GPU."""
+    """Return how many there are; the emulator is taken for a GPU."""
     if device.type != "cuda":
-        return 4
+        return 64
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
