@@ -57,7 +57,7 @@ def disassemble(binary: bytes) -> str:
     return _read("nvdisasm", "-c", "-hex", binary=binary)
 
 
-def _resources(binary: bytes) -> tuple[int, int]:
+def resources(binary: bytes) -> tuple[int, int]:
     """Return the registers of a kernel, and its local memory per thread: where spills go."""
     usage = _read("cuobjdump", "-res-usage", binary=binary)
     found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
@@ -136,7 +136,7 @@ def build(spec: KernelSpec, capability: int, *, scored: bool = False, **options:
     if kept.exists():
         stored = json.loads(kept.read_text())
         return Binary(**stored | {"scores": tuple(stored["scores"])})
-    registers, spilled = _resources(compiled.asm["cubin"])
+    registers, spilled = resources(compiled.asm["cubin"])
     loops = product_loops(disassemble(compiled.asm["cubin"])) if scored else []
     rate = MACS_PER_CYCLE.get(capability, 0)
     binary = Binary(
