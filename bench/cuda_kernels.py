@@ -1,9 +1,9 @@
 """``python -m bench cuda``: the CUDA C++ kernels compiled for GPUs that need not be there.
 
 Prints registers, spilled bytes and, where control bits can be decoded, the scores of the full loop
-and of the edge loop (`bench.binaries` says what a score is), beside the project's goals on sm_80 and
-the scores of flash-attention 2 there. ``--output`` keeps the numbers as JSON. A goal that is missed,
-and a register spilled in a kernel without dropout, end with status 1.
+and of the edge loop (`bench.binaries` says what a score is), beside the project's goals on sm_80
+and the scores of flash-attention 2 there. ``--output`` keeps the numbers as JSON. A goal that is
+missed, and a register spilled in a kernel without dropout, end with status 1.
 """
 
 import argparse
@@ -178,9 +178,8 @@ def main(arguments: list[str]) -> int:
         for key, result in zip(work, pool.map(lambda key: measure(*key), work), strict=True):
             results[key] = result
             progress.update(task, advance=1)
-    print(
-        f"{'':34}{'regs':>5}{'spilled':>8}{'full':>8}{'edge':>8}{'ratio':>7}{'asked':>7}{'flash 2':>9}"
-    )
+    heads = (("regs", 5), ("spilled", 8), ("full", 8), ("edge", 8), ("ratio", 7), ("asked", 7))
+    print(" " * 34 + "".join(f"{name:>{width}}" for name, width in (*heads, ("flash 2", 9))))
     for (kernel, architecture), r in results.items():
         ratio = r.edge_score / r.score if r.score and r.edge_score else None
         goal = GOALS.get((kernel.which, kernel.head_dim))
