@@ -1,3 +1,5 @@
+// Kernels that test the emulator itself: each does one thing right, or one thing wrong, and is run
+// by its name.
 #include <map>
 
 #include "../device/atomic.h"
