@@ -31,10 +31,20 @@ CACHE = ROOT / "build" / "extension"
 DEFAULT_ARCHS = "80,90,100,120+PTX"
 KNOWN_ARCHS = ("80", "86", "87", "89", "90", "100", "103", "120", "121")
 LEAST_CUDA = (12, 4)
-HOST_SOURCES = ("library.cpp", "attention/attention.cpp", "attention/decode.cpp")
+HOST_SOURCES = (
+    "library.cpp",
+    "attention/attention.cpp",
+    "attention/decode.cpp",
+    "feed_forward/linear.cpp",
+)
 KERNEL_SOURCES = tuple(
-    f"attention/{which}_{dtype}.cu"
-    for which in ("backward", "forward", "decode")
+    f"{which}_{dtype}.cu"
+    for which in (
+        "attention/backward",
+        "attention/forward",
+        "attention/decode",
+        "feed_forward/linear",
+    )
     for dtype in ("bf16", "fp16")
 )
 # The oldest torch whose stable ABI is used.

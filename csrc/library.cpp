@@ -13,6 +13,7 @@
 
 #include "attention/attention.h"
 #include "attention/decode.h"
+#include "feed_forward/linear.h"
 
 #if defined(FUSEFORMER_CUDA)
 #include <cuda_runtime_api.h>
@@ -189,6 +190,39 @@ void attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   run_decode(a, current_stream(a.q.device));
 }
 
+void linear_activation(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+                       const Tensor& act, const std::optional<Tensor>& pre,
+                       const std::optional<Tensor>& seed, const std::string& activation,
+                       int64_t dropout_threshold, double dropout_scale) {
+  fuseformer::LinearArguments a;
+  a.x = view("x", x);
+  a.w = view("w", w);
+  a.bias = view("bias", bias);
+  a.act = view("act", act);
+  a.pre = view("pre", pre);
+  a.seed = view("seed", seed);
+  a.activation = activation;
+  a.dropout_threshold = dropout_threshold;
+  a.dropout_scale = dropout_scale;
+  const torch::stable::accelerator::DeviceGuard guard(a.x.device);
+  run_linear_activation(a, current_stream(a.x.device));
+}
+
+void activation_gradient(const Tensor& dact, const Tensor& pre, const std::optional<Tensor>& dbias,
+                         const std::optional<Tensor>& seed, const std::string& activation,
+                         int64_t dropout_threshold, double dropout_scale) {
+  fuseformer::ActivationGradientArguments a;
+  a.dact = view("dact", dact);
+  a.pre = view("pre", pre);
+  a.dbias = view("dbias", dbias);
+  a.seed = view("seed", seed);
+  a.activation = activation;
+  a.dropout_threshold = dropout_threshold;
+  a.dropout_scale = dropout_scale;
+  const torch::stable::accelerator::DeviceGuard guard(a.dact.device);
+  run_activation_gradient(a, current_stream(a.dact.device));
+}
+
 int64_t attention_step_rows(const Tensor& q) {
   const TensorView seen = view("q", q);
   const torch::stable::accelerator::DeviceGuard guard(seen.device);
@@ -214,6 +248,12 @@ STABLE_TORCH_LIBRARY(fuseformer_cuda, m) {
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor(a!) out, Tensor(b!) lse, "
       "Tensor lengths, Tensor? block_table, Tensor(c!)? partial_out, Tensor(d!)? partial_lse, "
       "int splits, int window_left, float scale) -> ()");
+  m.def(
+      "linear_activation(Tensor x, Tensor w, Tensor? bias, Tensor(a!) act, Tensor(b!)? pre, "
+      "Tensor? seed, str activation, int dropout_threshold, float dropout_scale) -> ()");
+  m.def(
+      "activation_gradient(Tensor(a!) dact, Tensor(b!) pre, Tensor(c!)? dbias, Tensor? seed, "
+      "str activation, int dropout_threshold, float dropout_scale) -> ()");
   m.def("attention_step_rows(Tensor q) -> int");
   m.def("driver_version() -> int");
   m.def("runtime_version() -> int");
@@ -225,6 +265,8 @@ STABLE_TORCH_LIBRARY_IMPL(fuseformer_cuda, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
+  m.impl("linear_activation", TORCH_BOX(&linear_activation));
+  m.impl("activation_gradient", TORCH_BOX(&activation_gradient));
   m.impl("attention_step_rows", TORCH_BOX(&attention_step_rows));
 }
 

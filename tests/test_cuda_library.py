@@ -55,9 +55,11 @@ def usable(monkeypatch):
         ({"op": "decode_attention"}, "cuda", "sm_80"),
         ({"capability": 89}, "cuda", "sm_89"),
         ({"capability": 120}, "cuda", "sm_120"),
-        ({"capability": 90}, "triton", "Triton goes before CUDA C++ on sm_90"),
-        ({"capability": 100}, "triton", "Triton goes before CUDA C++ on sm_100"),
-        ({"head_dim": 256}, "triton", "at head dim 256"),
+        ({"capability": 90}, "triton", "Triton goes before CUDA C++ for this call on sm_90"),
+        ({"capability": 100}, "triton", "Triton goes before CUDA C++ for this call on sm_100"),
+        ({"head_dim": 256}, "triton", "Triton goes before CUDA C++ for this call on sm_80"),
+        ({"op": "feed_forward", "head_dim": 0}, "triton", "Triton goes before CUDA C++"),
+        ({"op": "feed_forward", "head_dim": 0, "shapes": ((4, 12), (16, 12))}, "triton", "fused"),
         ({"head_dim": 256, "trains": True}, "triton", "fused Triton kernels"),
         ({"head_dim": 72}, "triton", "fused Triton kernels"),
         ({"dtype": torch.float32}, "triton", "fused Triton kernels"),
@@ -89,6 +91,10 @@ def test_without_triton_cuda_serves_where_it_can(usable, monkeypatch):
         ({"options": frozenset({"softcap", "bias"})}, "do not take bias, softcap"),
         ({"capability": 75}, "sm_80 or newer, this one is sm_75"),
         ({"device": "cpu"}, "do not run on cpu tensors"),
+        (
+            {"op": "feed_forward", "head_dim": 0, "shapes": ((4, 12), (16, 12))},
+            "multiples of 8, not 12 and 16",
+        ),
     ],
 )
 def test_what_they_cannot_do_is_said(changes, said, usable):

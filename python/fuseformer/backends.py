@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .cuda import attention as cuda_attention
 from .cuda import decode as cuda_decode
+from .cuda import feed_forward as cuda_feed_forward
 from .cuda import library
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -32,6 +33,7 @@ _CUDA_OPS = {
     "attention": cuda_attention.OPTIONS,
     "varlen_attention": cuda_attention.OPTIONS,
     "decode_attention": cuda_decode.OPTIONS,
+    "feed_forward": frozenset(),
 }
 # GPUs on which `mma.sync` is the way to the tensor cores; newer data-centre ones have wgmma and
 # tcgen05, which Triton uses.
@@ -138,10 +140,17 @@ def _cuda_refusal(request: Request) -> str | None:
         return f"there is no CUDA C++ kernel for {request.op} yet"
     if request.dtype not in cuda_attention.DTYPES:
         return f"the CUDA C++ kernels take float16 and bfloat16, not {request.dtype}"
-    if request.head_dim not in cuda_attention.HEAD_DIMS:
+    if request.op == "feed_forward":
+        sizes = (request.shapes[0][-1], request.shapes[1][0]) if request.shapes else ()
+        if any(size % cuda_feed_forward.MULTIPLE for size in sizes):
+            return (
+                f"the CUDA C++ kernels take widths that are multiples of "
+                f"{cuda_feed_forward.MULTIPLE}, not {' and '.join(map(str, sizes))}"
+            )
+    elif request.head_dim not in cuda_attention.HEAD_DIMS:
         dims = ", ".join(map(str, cuda_attention.HEAD_DIMS))
         return f"the CUDA C++ kernels take head dims {dims}, not {request.head_dim}"
-    if request.trains and request.head_dim not in cuda_attention.BACKWARD_HEAD_DIMS:
+    elif request.trains and request.head_dim not in cuda_attention.BACKWARD_HEAD_DIMS:
         return f"the CUDA C++ kernels have no backward pass at head dim {request.head_dim}"
     unsupported = request.options - _CUDA_OPS[request.op]
     if unsupported:
@@ -158,6 +167,7 @@ def _cuda_refusal(request: Request) -> str | None:
 
 def _prefers_cuda(request: Request) -> bool:
     """Return whether CUDA C++ goes before Triton where both can serve."""
+    # Of feed-forward, head dim 0, Triton has the resident regime and the better product.
     family = request.capability // 10 in _CUDA_FAMILIES
     return family and request.head_dim in cuda_attention.BACKWARD_HEAD_DIMS
 
@@ -192,7 +202,7 @@ def choose_backend(request: Request) -> tuple[str, str]:
     if triton is None:
         if cuda is not None:
             return "triton", f"fused Triton kernels serve this call on {request.device}"
-        return "triton", f"Triton goes before CUDA C++ on {gpu} at head dim {request.head_dim}"
+        return "triton", f"Triton goes before CUDA C++ for this call on {gpu}"
     if cuda is None:
         return "cuda", f"the CUDA C++ kernels serve this call, because {triton}"
     return "reference", f"plain PyTorch, because {triton}"

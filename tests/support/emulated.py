@@ -1,7 +1,7 @@
 """The CUDA C++ kernels in the emulator, called with torch tensors by the code that ships.
 
-`Kernels` has the functions of `fuseformer.cuda.attention`. The emulator stands in for the compiled
-ops: it gets their arguments, in the order of their schemas.
+`Kernels` has the functions of the modules of `fuseformer.cuda`. The emulator stands in for the
+compiled ops: it gets their arguments, in the order of their schemas.
 """
 
 import re
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fuseformer import backends
-from fuseformer.cuda import attention, decode, library
+from fuseformer.cuda import attention, decode, feed_forward, library
 
 _SHOWN = 20
 
@@ -70,6 +70,14 @@ class Ops:
     def attention_decode(self, *arguments: Any) -> None:
         self._call(self.emulator.attention_decode, arguments, written=(3, 4))
 
+    def linear_activation(self, *arguments: Any) -> None:
+        written = (3,) if arguments[4] is None else (3, 4)
+        self._call(self.emulator.linear_activation, arguments, written)
+
+    def activation_gradient(self, *arguments: Any) -> None:
+        written = (0, 1) if arguments[2] is None else (0, 1, 2)
+        self._call(self.emulator.activation_gradient, arguments, written)
+
     def _call(self, function: Any, arguments: tuple[Any, ...], written: tuple[int, ...]) -> None:
         """Call `function`, and copy back the tensors at the places `written`."""
         self.emulator.report()
@@ -110,7 +118,7 @@ def _uninitialised_memory_is_nan() -> Iterator[None]:
 
 
 class Kernels:
-    """`fuseformer.cuda.attention` on the CPU, by an emulator that was built in some mode."""
+    """`fuseformer.cuda` on the CPU, by an emulator that was built in some mode."""
 
     def __init__(self, emulator: ModuleType) -> None:
         self.emulator = emulator
@@ -135,7 +143,11 @@ class Kernels:
             backends.CUDA_DEVICES.discard("cpu")
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(decode if name == "decode_attention" else attention, name)
+        modules = (attention, decode, feed_forward)
+        functions = [getattr(module, name) for module in modules if hasattr(module, name)]
+        if not functions:
+            raise AttributeError(name)
+        function = functions[0]
 
         def call(*arguments: Any, **named: Any) -> Any:
             with self.installed():

@@ -117,3 +117,16 @@ def build(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def build_feed_forward(
+    mode: str, kernels: Path | None = None, *, sources: Path = SOURCES
+) -> ModuleType:
+    """Return the emulator with the feed-forward kernels, or those of another translation unit."""
+    return build(
+        mode,
+        kernels or sources / "emulator" / "feed_forward_kernels.cpp",
+        bindings="feed_forward_bindings",
+        host=("feed_forward/linear.cpp",),
+        sources=sources,
+    )

@@ -16,6 +16,9 @@ def _kernels(backend: str, gated: bool = False) -> Any:
     """Return the module of a backend that serves the op; the CPU's two share one."""
     if backend == "cpu":
         return importlib.import_module("fuseformer.cpu.feed_forward")
+    if backend == "cuda":
+        assert not gated
+        return importlib.import_module("fuseformer.cuda.feed_forward")
     assert backend == "triton"
     return importlib.import_module(f"fuseformer.kernels.{'gated_' * gated}feed_forward")
 

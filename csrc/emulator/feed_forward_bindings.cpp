@@ -1,0 +1,37 @@
+// The emulator with the feed-forward kernels for Python: the calls that ship, from tensors on.
+#include "../feed_forward/linear.h"
+#include "python.h"
+#include "tensor_argument.h"
+
+namespace fuseformer {
+
+PYBIND11_MODULE(_emulator, m) {
+  emulator::bind(m);
+
+  m.def("linear_activation", [](const py::args& args) {
+    LinearArguments a;
+    a.x = view("x", args[0]);
+    a.w = view("w", args[1]);
+    a.bias = view("bias", args[2]);
+    a.act = view("act", args[3]);
+    a.pre = view("pre", args[4]);
+    a.seed = view("seed", args[5]);
+    a.activation = args[6].cast<std::string>();
+    a.dropout_threshold = args[7].cast<int64_t>();
+    a.dropout_scale = args[8].cast<double>();
+    run_linear_activation(a, nullptr);
+  });
+  m.def("activation_gradient", [](const py::args& args) {
+    ActivationGradientArguments a;
+    a.dact = view("dact", args[0]);
+    a.pre = view("pre", args[1]);
+    a.dbias = view("dbias", args[2]);
+    a.seed = view("seed", args[3]);
+    a.activation = args[4].cast<std::string>();
+    a.dropout_threshold = args[5].cast<int64_t>();
+    a.dropout_scale = args[6].cast<double>();
+    run_activation_gradient(a, nullptr);
+  });
+}
+
+}  // namespace fuseformer

@@ -1,0 +1,175 @@
+// dropout(activation(x @ w.T + bias)): a product whose epilogue saves a pass over the result.
+#pragma once
+
+#include "../device/tile.h"
+#include "activation.h"
+#include "dropout.h"
+#include "linear_params.h"
+#include "linear_traits.h"
+
+namespace fuseformer {
+
+// Begins to copy a tile of which only the first `rows` and `columns` exist: the others become
+// zeros.
+template <typename Traits, int kRows>
+FUSEFORMER_DEVICE void begin_edge_copy(SharedAddress tile, const char* source, int64_t row_stride,
+                                       int rows, int columns) {
+  using Layout = Tile<Traits::kBlockK>;
+  for (int index = threadIdx.x; index < kRows * Layout::kChunks; index += Traits::kThreads) {
+    const int row = index / Layout::kChunks, chunk = index % Layout::kChunks;
+    const bool exists = row < rows && 8 * chunk < columns;
+    copy_async_16_or_zero(tile + Layout::offset(row, chunk),
+                          exists ? source + 2 * (row * row_stride + 8 * chunk) : source, exists);
+  }
+}
+
+// Grid: (row blocks * unit blocks,), groups of kGroup row blocks side by side, so that the weights
+// of a unit block are read by neighbours. Shared memory: two tiles of tokens and two of weights; at
+// the end, where those were, the tile of the output.
+template <typename Traits, Activation kActivation, bool kDropout>
+__global__ void __launch_bounds__(Traits::kThreads) linear_kernel(const LinearParams params) {
+  using Element = typename Traits::Element;
+  using Addresses = LaneAddresses<Traits::kBlockK>;
+  using OutLayout = Tile<Traits::kBlockN>;
+  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  constexpr int kRowTiles = Traits::kRowTiles, kColumnTiles = Traits::kColumnTiles;
+
+  const int row_blocks = (params.tokens + kBlockM - 1) / kBlockM;
+  const int unit_blocks = (params.hidden + kBlockN - 1) / kBlockN;
+  const int group = blockIdx.x / (Traits::kGroup * unit_blocks);
+  const int group_rows = minimum(Traits::kGroup, row_blocks - group * Traits::kGroup);
+  const int in_group = blockIdx.x % (Traits::kGroup * unit_blocks);
+  const int block_row = (group * Traits::kGroup + in_group % group_rows) * kBlockM;
+  const int block_unit = in_group / group_rows * kBlockN;
+
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int warp_row = warp % Traits::kWarpRows * 16 * kRowTiles;
+  const int warp_unit = warp / Traits::kWarpRows * 8 * kColumnTiles;
+  const SharedAddress x_tile = shared_address(dynamic_shared());
+  const SharedAddress w_tile = x_tile + kBlockM * Traits::kRowBytes;
+  const Addresses x_addresses =
+      Addresses::in_row_order(x_tile + warp_row * Traits::kRowBytes, lane);
+  const Addresses w_addresses =
+      Addresses::in_column_order(w_tile + warp_unit * Traits::kRowBytes, lane);
+
+  float sums[kRowTiles][kColumnTiles][4] = {};
+  const int steps = (params.width + Traits::kBlockK - 1) / Traits::kBlockK;
+  const TileCopy<Traits::kBlockK, kBlockM, Traits::kThreads> x_copy(thread, params.x.row_stride);
+  const TileCopy<Traits::kBlockK, kBlockN, Traits::kThreads> w_copy(thread, params.w.row_stride);
+  const char* x_rows =
+      static_cast<const char*>(params.x.data) + 2 * block_row * params.x.row_stride;
+  const char* w_rows =
+      static_cast<const char*>(params.w.data) + 2 * block_unit * params.w.row_stride;
+  const auto begin_copies = [&](auto edge, int step, int stage) {
+    const int column = step * Traits::kBlockK;
+    if constexpr (decltype(edge)::value) {
+      const int columns = params.width - column;
+      begin_edge_copy<Traits, kBlockM>(x_tile + stage, x_rows + 2 * column, params.x.row_stride,
+                                       params.tokens - block_row, columns);
+      begin_edge_copy<Traits, kBlockN>(w_tile + stage, w_rows + 2 * column, params.w.row_stride,
+                                       params.hidden - block_unit, columns);
+    } else {
+      x_copy.begin(x_tile + stage, x_rows + 2 * column);
+      w_copy.begin(w_tile + stage, w_rows + 2 * column);
+    }
+    copy_async_commit();
+  };
+  const auto multiply = [&](auto edge) {
+    begin_copies(edge, 0, 0);
+    int stage = 0;
+    for (int step = 0; step < steps; ++step, stage = Traits::kStageBytes - stage) {
+      // Everyone has left the last step, and this step's copies are in.
+      copy_async_wait<0>();
+      block_barrier();
+      if (step + 1 < steps) {
+        begin_copies(edge, step + 1, Traits::kStageBytes - stage);
+      }
+      FUSEFORMER_UNROLL
+      for (int k = 0; k < Traits::kBlockK / 16; ++k) {
+        uint32_t a[kRowTiles][4];
+        FUSEFORMER_UNROLL
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+          ldmatrix_x4(a[tile], x_addresses.at(tile, k) + stage);
+        }
+        FUSEFORMER_UNROLL
+        for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
+          uint32_t b[4];
+          ldmatrix_x4(b, w_addresses.at(pair, k) + stage);
+          FUSEFORMER_UNROLL
+          for (int tile = 0; tile < kRowTiles; ++tile) {
+            mma_16x8x16<Element>(sums[tile][2 * pair], a[tile], b[0], b[1]);
+            mma_16x8x16<Element>(sums[tile][2 * pair + 1], a[tile], b[2], b[3]);
+          }
+        }
+      }
+    }
+  };
+  const bool whole = block_row + kBlockM <= params.tokens &&
+                     block_unit + kBlockN <= params.hidden && params.width % Traits::kBlockK == 0;
+  if (whole) {
+    multiply(Constant<false>());
+  } else {
+    multiply(Constant<true>());
+  }
+
+  const int lane_row = block_row + warp_row + lane / 4;
+  const int lane_unit = block_unit + warp_unit + lane % 4 * 2;
+  if (params.bias != nullptr) {
+    FUSEFORMER_UNROLL
+    for (int i = 0; i < kColumnTiles; ++i) {
+      if (lane_unit + 8 * i >= params.hidden) continue;
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(
+          static_cast<const Element*>(params.bias) + lane_unit + 8 * i);
+      FUSEFORMER_UNROLL
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+        FUSEFORMER_UNROLL
+        for (int j = 0; j < 4; ++j) sums[tile][i][j] += unpack<Element>(pair, j % 2);
+      }
+    }
+  }
+  // Writes the tile by whole rows: through shared memory, which nobody reads any more.
+  const auto write = [&](const RowTensor& target) {
+    block_barrier();
+    FUSEFORMER_UNROLL
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      FUSEFORMER_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        FUSEFORMER_UNROLL
+        for (int i = 0; i < kColumnTiles; ++i) {
+          const int offset =
+              OutLayout::offset(lane_row - block_row + 16 * tile + 8 * half, warp_unit / 8 + i) +
+              lane % 4 * 4;
+          *reinterpret_cast<uint32_t*>(dynamic_shared() + offset) =
+              pack<Element>(sums[tile][i][2 * half], sums[tile][i][2 * half + 1]);
+        }
+      }
+    }
+    block_barrier();
+    for (int index = thread; index < kBlockM * OutLayout::kChunks; index += Traits::kThreads) {
+      const int row = index / OutLayout::kChunks, chunk = index % OutLayout::kChunks;
+      if (block_row + row < params.tokens && block_unit + 8 * chunk < params.hidden) {
+        copy_16(static_cast<Element*>(target.data) + (block_row + row) * target.row_stride +
+                    block_unit + 8 * chunk,
+                dynamic_shared() + OutLayout::offset(row, chunk));
+      }
+    }
+  };
+  if (params.pre.data != nullptr) write(params.pre);
+  FUSEFORMER_UNROLL
+  for (int tile = 0; tile < kRowTiles; ++tile) {
+    FUSEFORMER_UNROLL
+    for (int i = 0; i < kColumnTiles; ++i) {
+      FUSEFORMER_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        sums[tile][i][j] = activate<kActivation>(sums[tile][i][j]);
+        if constexpr (kDropout) sums[tile][i][j] *= params.dropout_scale;
+      }
+    }
+  }
+  if constexpr (kDropout) {
+    drop_units(sums, seed_of(params.seed), lane_row, lane_unit, params.dropout_threshold);
+  }
+  write(params.act);
+}
+
+}  // namespace fuseformer

@@ -1,0 +1,75 @@
+"""Feed-forward by the CUDA C++ kernels, with the signatures of `fuseformer.kernels.feed_forward`.
+
+The first product ends in bias, activation and dropout; the second is the vendor's, as are those of
+the backward pass, where one kernel computes the gradient before the activation, the activation anew
+and the sums of the bias gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..philox import dropout_scale, dropout_threshold
+from . import library
+from .attention import aligned
+
+#: Rows and columns of 16-bit numbers are copied by eights.
+MULTIPLE = 8
+# Of `kGradientRows`, which the compiled op checks.
+_ROWS_OF_SUMS = 256
+
+
+def saves_pre(width: int, out_width: int, dtype: torch.dtype) -> bool:
+    """Return whether forward saves the product before the activation: it always does."""
+    return True
+
+
+def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[Tensor | None, int, float]:
+    return seed if dropout_p else None, dropout_threshold(dropout_p), dropout_scale(dropout_p)
+
+
+def feed_forward_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the output (T, out) and the product before the activation (T, hidden)."""
+    act = x.new_empty(x.shape[0], w1.shape[0])
+    pre = torch.empty_like(act)
+    drops, threshold, factor = _dropout(seed, dropout_p)
+    bias = None if b1 is None else aligned(b1)
+    library.ops().linear_activation(
+        aligned(x), aligned(w1), bias, act, pre, drops, activation, threshold, factor
+    )
+    return F.linear(act, w2, b2), pre
+
+
+def feed_forward_backward(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    pre: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    has_b2: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Return the gradients of x, w1, b1, w2 and b2, that of an absent bias as None."""
+    gradient = dy @ w2  # (T, hidden), that of the activation and then of what is before it
+    act = pre.clone()
+    sums = None
+    if b1 is not None:
+        blocks = -(-x.shape[0] // _ROWS_OF_SUMS)
+        sums = x.new_empty((blocks, w1.shape[0]), dtype=torch.float32)
+    drops, threshold, factor = _dropout(seed, dropout_p)
+    library.ops().activation_gradient(gradient, act, sums, drops, activation, threshold, factor)
+    db1 = None if sums is None else sums.sum(0).to(x.dtype)
+    dw1, dw2 = gradient.T @ x, dy.T @ act
+    return gradient @ w1, dw1, db1, dw2, dy.sum(0) if has_b2 else None
