@@ -83,12 +83,14 @@ struct TileCopy {
   static_assert(kPasses * kRowsAtOnce == kRows && Layout::kChunks % kAcross == 0);
 
   int row;          // of the first pass
+  int first_chunk;  // in it
   uint32_t target;  // its offset in a tile
   int64_t start;    // bytes from row 0 of the tensor to it
   int64_t step;     // bytes from one pass to the next
 
   FUSEFORMER_DEVICE TileCopy(int thread, int64_t row_stride) {
     row = thread / kAcross;
+    first_chunk = thread % kAcross;
     target = Layout::offset(row, thread % kAcross);
     start = 2 * (row * row_stride + thread % kAcross * 8);
     step = 2 * kRowsAtOnce * row_stride;
@@ -114,6 +116,19 @@ struct TileCopy {
       const bool exists = row + pass * kRowsAtOnce < rows;
       FUSEFORMER_UNROLL
       for (int chunk = 0; chunk < Layout::kChunks; chunk += kAcross) {
+        copy_async_16_or_zero(tile + target_of(pass, chunk), source + 16 * chunk, exists);
+      }
+    }
+  }
+
+  // The same for columns, of which the first `columns`, a multiple of eight, exist.
+  FUSEFORMER_DEVICE void begin_narrow(SharedAddress tile, const char* source, int columns) const {
+    source += start;
+    FUSEFORMER_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass, source += step) {
+      FUSEFORMER_UNROLL
+      for (int chunk = 0; chunk < Layout::kChunks; chunk += kAcross) {
+        const bool exists = 8 * (chunk + first_chunk) < columns;
         copy_async_16_or_zero(tile + target_of(pass, chunk), source + 16 * chunk, exists);
       }
     }
