@@ -101,7 +101,7 @@ class Case:
         torch.manual_seed(0)
         x = torch.randn(self.tokens, self.width)
         w1 = torch.randn(self.hidden, self.width) * self.width**-0.5
-        w2 = torch.randn(self.width, self.hidden) * self.hidden**-0.5
+        w2 = torch.randn(self.width, self.hidden) * max(self.hidden, 1) ** -0.5
         b1 = torch.randn(self.hidden) if self.biases in ("both", "b1") else None
         b2 = torch.randn(self.width) if self.biases in ("both", "b2") else None
         return tuple(None if t is None else t.to(self.dtype) for t in (x, w1, b1, w2, b2))
