@@ -56,6 +56,12 @@ struct LaneAddresses {
            column_step / Layout::kPhases * Layout::kPhases * 32;
   }
 
+  // Points to the tile `bytes` behind.
+  FUSEFORMER_DEVICE void move(int bytes) {
+    FUSEFORMER_UNROLL
+    for (int i = 0; i < Layout::kPhases; ++i) phase[i] += bytes;
+  }
+
   // Has the other phases computed from the first one in every step of a loop, where the registers
   // that would keep them are needed. Steps that are added to a smaller first one without a carry
   // are an exclusive or.
@@ -104,6 +110,18 @@ struct TileCopy {
       FUSEFORMER_UNROLL
       for (int chunk = 0; chunk < Layout::kChunks; chunk += kAcross) {
         copy_async_16(tile + target_of(pass, chunk), source + 16 * chunk);
+      }
+    }
+  }
+
+  // The same if `wanted`, without a branch.
+  FUSEFORMER_DEVICE void begin_if(SharedAddress tile, const char* source, bool wanted) const {
+    source += start;
+    FUSEFORMER_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass, source += step) {
+      FUSEFORMER_UNROLL
+      for (int chunk = 0; chunk < Layout::kChunks; chunk += kAcross) {
+        copy_async_16_if(tile + target_of(pass, chunk), source + 16 * chunk, wanted);
       }
     }
   }

@@ -24,15 +24,14 @@ struct FeedForwardWarp {
   LaneAddresses<Traits::kWidth> w1_addresses;
   LaneAddresses<Traits::kBlockH> w2_addresses;
 
-  // hidden += x @ w1.T, for the weights `offset` bytes behind the first ones.
-  FUSEFORMER_DEVICE void multiply_tokens(float (&hidden)[kRowTiles][kHiddenTiles][4],
-                                         int offset) const {
+  // hidden += x @ w1.T
+  FUSEFORMER_DEVICE void multiply_tokens(float (&hidden)[kRowTiles][kHiddenTiles][4]) const {
     FUSEFORMER_UNROLL
     for (int step = 0; step < kWidthSteps; ++step) {
       FUSEFORMER_UNROLL
       for (int pair = 0; pair < kHiddenTiles / 2; ++pair) {
         uint32_t b[4];
-        ldmatrix_x4(b, w1_addresses.at(pair, step) + offset);
+        ldmatrix_x4(b, w1_addresses.at(pair, step));
         FUSEFORMER_UNROLL
         for (int tile = 0; tile < kRowTiles; ++tile) {
           mma_16x8x16<Element>(hidden[tile][2 * pair], x[tile][step], b[0], b[1]);
@@ -42,9 +41,8 @@ struct FeedForwardWarp {
     }
   }
 
-  // out += hidden @ w2.T, for the weights `offset` bytes behind the first ones.
-  FUSEFORMER_DEVICE void multiply_hidden(const float (&hidden)[kRowTiles][kHiddenTiles][4],
-                                         int offset) {
+  // out += hidden @ w2.T
+  FUSEFORMER_DEVICE void multiply_hidden(const float (&hidden)[kRowTiles][kHiddenTiles][4]) {
     FUSEFORMER_UNROLL
     for (int step = 0; step < kHiddenTiles / 2; ++step) {
       uint32_t a[kRowTiles][4];
@@ -53,7 +51,7 @@ struct FeedForwardWarp {
       FUSEFORMER_UNROLL
       for (int pair = 0; pair < kOutTiles / 2; ++pair) {
         uint32_t b[4];
-        ldmatrix_x4(b, w2_addresses.at(pair, step) + offset);
+        ldmatrix_x4(b, w2_addresses.at(pair, step));
         FUSEFORMER_UNROLL
         for (int tile = 0; tile < kRowTiles; ++tile) {
           mma_16x8x16<Element>(out[tile][2 * pair], a[tile], b[0], b[1]);
@@ -106,6 +104,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int lane_row = block_row + warp_row + lane / 4, lane_column = lane % 4 * 2;
   const char* w1_rows = static_cast<const char*>(params.w1.data);
   const char* w2_rows = static_cast<const char*>(params.w2.data);
+  const char* b1 = static_cast<const char*>(params.b1);
   const TileCopy<kWidth, kBlockH, kThreads> w1_copy(thread, params.w1.row_stride);
   const TileCopy<kBlockH, kWidth, kThreads> w2_copy(thread, params.w2.row_stride);
   const int64_t w1_step = 2 * kBlockH * params.w1.row_stride;
@@ -117,16 +116,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
   warp.w1_addresses = LaneAddresses<kWidth>::in_column_order(weights, lane);
   warp.w2_addresses = LaneAddresses<kBlockH>::in_column_order(weights + Traits::kWeightBytes, lane);
 
-  // A thread copies eight numbers of b1; without one the zeros are copied that it stands for.
-  const auto copy_bias = [&](int stage, int step) {
-    if (thread < kBlockH / 8) {
-      const int unit = step * kBlockH + 8 * thread;
-      const bool exists = params.b1 != nullptr && unit < params.hidden;
-      copy_async_16_or_zero(biases + stage * Traits::kBiasBytes + 16 * thread,
-                            static_cast<const char*>(params.b1) + 2 * unit, exists);
-    }
-  };
-
   // Only the first step may reach past the last hidden unit: steps are taken from the end.
   const int last = (params.hidden + kBlockH - 1) / kBlockH - 1;
   const char* x_rows =
@@ -137,7 +126,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const int units = params.hidden - last * kBlockH;
     w1_copy.begin_bounded(weights, w1_rows + last * w1_step, units);
     w2_copy.begin_narrow(weights + Traits::kWeightBytes, w2_rows + 2 * last * kBlockH, units);
-    copy_bias(0, last);
+    // A thread copies eight numbers of b1; without one there are zeros in both stages.
+    if (thread < kBlockH / 8) {
+      const bool exists = params.b1 != nullptr && 8 * thread < units;
+      copy_async_16_or_zero(biases + 16 * thread, b1 + 2 * last * kBlockH + 16 * thread, exists);
+      copy_async_16_or_zero(biases + Traits::kBiasBytes + 16 * thread, b1, false);
+    }
   }
   copy_async_commit();
 
@@ -166,21 +160,29 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
 
-  int stage = 0;
+  // Where this step's weights lie, and behind them, or before, the next one's.
+  SharedAddress stage = weights;
+  int turn = Traits::kStageBytes;
+  const bool copies_bias = thread < kBlockH / 8 && b1 != nullptr;
+  w1_rows += (last - 1) * w1_step;
+  w2_rows += 2 * (last - 1) * kBlockH;
+  b1 += 2 * (last - 1) * kBlockH + 16 * thread;
+  const unsigned char* bias = dynamic_shared() + Traits::kTileBytes + 2 * lane_column;
   const auto take = [&](auto ragged, int step) {
     // Everyone has left the last step: what it read may be overwritten, this step's copies are in.
     copy_async_wait<0>();
     block_barrier();
-    if (step > 0) {
-      const int other = (stage ^ 1) * Traits::kStageBytes;
-      w1_copy.begin(weights + other, w1_rows + (step - 1) * w1_step);
-      w2_copy.begin(weights + other + Traits::kWeightBytes, w2_rows + 2 * (step - 1) * kBlockH);
-      copy_bias(stage ^ 1, step - 1);
-      copy_async_commit();
-    }
+    const bool more = step > 0;
+    const int bias_turn = turn / (Traits::kStageBytes / Traits::kBiasBytes);
+    w1_copy.begin_if(stage + turn, w1_rows, more);
+    w2_copy.begin_if(stage + turn + Traits::kWeightBytes, w2_rows, more);
+    copy_async_16_if(shared_address(bias - 2 * lane_column) + bias_turn + 16 * thread, b1,
+                     more && copies_bias);
+    copy_async_commit();
+    w1_rows -= w1_step;
+    w2_rows -= 2 * kBlockH;
+    b1 -= 2 * kBlockH;
     float hidden[Warp::kRowTiles][Warp::kHiddenTiles][4];
-    const unsigned char* bias =
-        dynamic_shared() + Traits::kTileBytes + stage * Traits::kBiasBytes + 2 * lane_column;
     FUSEFORMER_UNROLL
     for (int i = 0; i < Warp::kHiddenTiles; ++i) {
       const uint32_t pair = *reinterpret_cast<const uint32_t*>(bias + 16 * i);
@@ -190,7 +192,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
         for (int j = 0; j < 4; ++j) hidden[tile][i][j] = unpack<Element>(pair, j % 2);
       }
     }
-    warp.multiply_tokens(hidden, stage * Traits::kStageBytes);
+    warp.multiply_tokens(hidden);
     FUSEFORMER_UNROLL
     for (int tile = 0; tile < Warp::kRowTiles; ++tile) {
       FUSEFORMER_UNROLL
@@ -206,8 +208,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
     if constexpr (kDropout) {
       drop_units(hidden, seed, lane_row, step * kBlockH + lane_column, params.dropout_threshold);
     }
-    warp.multiply_hidden(hidden, stage * Traits::kStageBytes);
-    stage ^= 1;
+    warp.multiply_hidden(hidden);
+    stage += turn;
+    bias += bias_turn;
+    warp.w1_addresses.move(turn);
+    warp.w2_addresses.move(turn);
+    turn = -turn;
   };
   int step = last;
   if (params.hidden % kBlockH != 0) take(Constant<true>(), step--);
