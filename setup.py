@@ -30,11 +30,13 @@ ROOT = Path(__file__).parent.resolve()
 CACHE = ROOT / "build" / "extension"
 DEFAULT_ARCHS = "80,90,100,120+PTX"
 KNOWN_ARCHS = ("80", "86", "87", "89", "90", "100", "103", "120", "121")
-LEAST_CUDA = (12, 4)
+LEAST_TORCH = (2, 10)
+LEAST_CUDA = (12, 8)  # the first with sm_120
 HOST_SOURCES = (
     "library.cpp",
     "attention/attention.cpp",
     "attention/decode.cpp",
+    "feed_forward/feed_forward.cpp",
     "feed_forward/linear.cpp",
 )
 KERNEL_SOURCES = tuple(
@@ -43,6 +45,7 @@ KERNEL_SOURCES = tuple(
         "attention/backward",
         "attention/forward",
         "attention/decode",
+        "feed_forward/forward",
         "feed_forward/linear",
     )
     for dtype in ("bf16", "fp16")
@@ -56,7 +59,7 @@ class Missing(Exception):
 
 
 def environment_packages():
-    """Return where packages are: in build isolation, those of the outer environment."""
+    """Return where packages are: in pip's build isolation, those of the outer environment."""
     return [Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")]
 
 
@@ -67,9 +70,18 @@ def torch_include():
     if found is not None and found.origin:
         roots.append(Path(found.origin).parent)
     for root in roots:
-        if (root / "include/torch/csrc/stable/tensor.h").exists():
+        version = root / "version.py"
+        said = (
+            re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text())
+            if version.exists()
+            else None
+        )
+        if said and tuple(map(int, said.groups())) >= LEAST_TORCH:
             return root / "include"
-    raise Missing("no torch with a stable ABI was found: pip install 'torch>=2.10'")
+    raise Missing(
+        "no torch of 2.10 or newer was found: pip install 'torch>=2.10', or build with "
+        "--no-build-isolation where it is"
+    )
 
 
 def cuda_home():
@@ -88,9 +100,12 @@ def cuda_home():
                 raise Missing(f"{home}/bin/nvcc does not run: {error}") from error
             version = tuple(map(int, re.search(r"release (\d+)\.(\d+)", said).groups()))
             if version < LEAST_CUDA:
-                raise Missing(f"{home} is CUDA {version[0]}.{version[1]}; 12.4 or newer is needed")
+                raise Missing(f"{home} is CUDA {version[0]}.{version[1]}; 12.8 or newer is needed")
             return home, version
-    raise Missing("no CUDA compiler was found: pip install 'fuseformer[cuda]' brings one")
+    raise Missing(
+        "no nvcc with libcudart_static.a was found in CUDA_HOME, this environment, PATH or "
+        "/usr/local/cuda: pip install 'fuseformer[cuda]' brings both"
+    )
 
 
 def compiler():
@@ -102,11 +117,11 @@ def compiler():
 
 
 def architectures():
-    """Return the architectures asked for. Raises `Missing` for one that is not known."""
+    """Return the architectures asked for. Raises `SystemExit` for one that is not known."""
     asked = os.environ.get("FUSEFORMER_ARCHS", DEFAULT_ARCHS).split(",")
     for name in asked:
         if name.removesuffix("+PTX") not in KNOWN_ARCHS:
-            raise Missing(
+            raise SystemExit(
                 f"FUSEFORMER_ARCHS: got {name!r}, expected some of {', '.join(KNOWN_ARCHS)}, "
                 "each with or without +PTX, by commas"
             )
@@ -156,7 +171,11 @@ MODE, FOUND = decide()
 def sources_text():
     """Return all headers: any of them may go into an object."""
     files = sorted((ROOT / "csrc").rglob("*.h"))
-    return [(str(p.relative_to(ROOT)), p.read_text()) for p in files if "emulator" not in p.parts]
+    return [
+        (str(p.relative_to(ROOT)), p.read_text())
+        for p in files
+        if "emulator" not in p.relative_to(ROOT).parts
+    ]
 
 
 def compiled(source, command):
@@ -209,6 +228,7 @@ class BuildExtension(build_ext):
     def build_extension(self, ext):
         """Compile the sources of `_C` that have changed, and link it."""
         if ext.name != "fuseformer._C":
+            self.force = True  # it is small, and setuptools knows neither its headers nor macros
             super().build_extension(ext)
             return
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -248,6 +268,12 @@ class BuildExtension(build_ext):
         command += [f"-L{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         run([*command, "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined-version", "-s", "-o", target])
         record(target.parent, [row for _, log in made for row in resources(log)])
+
+    def copy_extensions_to_source(self):
+        """Copy what was built beside the sources, its record too."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib).resolve() / "fuseformer/_build.json"
+        shutil.copyfile(built, ROOT / "python/fuseformer/_build.json")
 
 
 def record(folder, kernels):

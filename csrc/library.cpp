@@ -13,6 +13,7 @@
 
 #include "attention/attention.h"
 #include "attention/decode.h"
+#include "feed_forward/feed_forward.h"
 #include "feed_forward/linear.h"
 
 #if defined(FUSEFORMER_CUDA)
@@ -190,6 +191,25 @@ void attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   run_decode(a, current_stream(a.q.device));
 }
 
+void feed_forward_forward(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
+                          const Tensor& w2, const std::optional<Tensor>& b2, const Tensor& y,
+                          const std::optional<Tensor>& seed, const std::string& activation,
+                          int64_t dropout_threshold, double dropout_scale) {
+  fuseformer::FeedForwardArguments a;
+  a.x = view("x", x);
+  a.w1 = view("w1", w1);
+  a.b1 = view("b1", b1);
+  a.w2 = view("w2", w2);
+  a.b2 = view("b2", b2);
+  a.y = view("y", y);
+  a.seed = view("seed", seed);
+  a.activation = activation;
+  a.dropout_threshold = dropout_threshold;
+  a.dropout_scale = dropout_scale;
+  const torch::stable::accelerator::DeviceGuard guard(a.x.device);
+  run_feed_forward_forward(a, current_stream(a.x.device));
+}
+
 void linear_activation(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
                        const Tensor& act, const std::optional<Tensor>& pre,
                        const std::optional<Tensor>& seed, const std::string& activation,
@@ -249,6 +269,9 @@ STABLE_TORCH_LIBRARY(fuseformer_cuda, m) {
       "Tensor lengths, Tensor? block_table, Tensor(c!)? partial_out, Tensor(d!)? partial_lse, "
       "int splits, int window_left, float scale) -> ()");
   m.def(
+      "feed_forward_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor(a!) y, "
+      "Tensor? seed, str activation, int dropout_threshold, float dropout_scale) -> ()");
+  m.def(
       "linear_activation(Tensor x, Tensor w, Tensor? bias, Tensor(a!) act, Tensor(b!)? pre, "
       "Tensor? seed, str activation, int dropout_threshold, float dropout_scale) -> ()");
   m.def(
@@ -265,6 +288,7 @@ STABLE_TORCH_LIBRARY_IMPL(fuseformer_cuda, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
+  m.impl("feed_forward_forward", TORCH_BOX(&feed_forward_forward));
   m.impl("linear_activation", TORCH_BOX(&linear_activation));
   m.impl("activation_gradient", TORCH_BOX(&activation_gradient));
   m.impl("attention_step_rows", TORCH_BOX(&attention_step_rows));
@@ -278,7 +302,7 @@ STABLE_TORCH_LIBRARY_IMPL(fuseformer_cuda, CompositeExplicitAutograd, m) {
 #endif
 
 // Importing the module is loading the library; it has no names of its own.
-extern "C" PyObject* PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);

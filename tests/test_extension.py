@@ -168,4 +168,4 @@ def test_an_old_compiler_is_named(tmp_path):
     nvcc.chmod(0o755)
     done = build_into(tmp_path / "out", CUDA_HOME=str(home))
     assert done.returncode == 1
-    assert "is CUDA 11.8; 12.4 or newer is needed" in done.stderr
+    assert "is CUDA 11.8; 12.8 or newer is needed" in done.stderr

@@ -63,11 +63,12 @@ inline int window_side(const char* name, int64_t window) {
 
 // The kernels find the largest product before they scale it.
 inline float positive_scale(double scale) {
-  if (!(scale > 0.0) || std::isinf(scale)) {
+  const float narrow = static_cast<float>(scale);
+  if (!(narrow > 0.0f) || std::isinf(narrow)) {
     throw std::invalid_argument("scale: got " + std::to_string(scale) +
-                                ", expected a positive, finite one");
+                                ", expected a positive, finite float32");
   }
-  return static_cast<float>(scale);
+  return narrow;
 }
 
 inline void check_launch(const char* failure) {

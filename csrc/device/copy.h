@@ -22,6 +22,19 @@ FUSEFORMER_DEVICE void copy_async_16_or_zero(SharedAddress target, const void* s
                : "memory");
 }
 
+// The same as `copy_async_16` if `wanted`, else nothing; without a branch, across which the
+// compiler would move no instructions.
+FUSEFORMER_DEVICE void copy_async_16_if(SharedAddress target, const void* source, bool wanted) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.b32 wanted, %2, 0;\n"
+      "@wanted cp.async.cg.shared.global [%0], [%1], 16;\n"
+      "}\n" ::"r"(target),
+      "l"(source), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
 // Makes a group of the copies that this thread has begun since the last one.
 FUSEFORMER_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -35,6 +48,9 @@ FUSEFORMER_DEVICE void copy_async_wait() {
 
 void copy_async_16(SharedAddress target, const void* source);
 void copy_async_16_or_zero(SharedAddress target, const void* source, bool exists);
+inline void copy_async_16_if(SharedAddress target, const void* source, bool wanted) {
+  if (wanted) copy_async_16(target, source);
+}
 void copy_async_commit();
 void copy_async_wait_for(int pending);
 template <int kPending>

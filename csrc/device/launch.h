@@ -16,8 +16,12 @@ namespace fuseformer {
 inline int shared_limit() {
 #if defined(__CUDACC__)
   int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess) {
+    (void)cudaGetLastError();
+    return 0;  // what needs least is tried, and its launch says what is wrong
+  }
   return bytes;
 #else
   return emulator::shared_limit();
@@ -40,7 +44,9 @@ const char* launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, i
              static_cast<cudaStream_t>(stream)>>>(params);
     status = cudaGetLastError();
   }
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  if (status == cudaSuccess) return nullptr;
+  (void)cudaGetLastError();  // else the next launch would be told of it
+  return cudaGetErrorString(status);
 #else
   (void)stream;
   emulator::launch({static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, shared_bytes,

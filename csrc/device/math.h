@@ -1,10 +1,6 @@
 // Arithmetic of activations that has an instruction of its own.
 #pragma once
 
-#if !defined(__CUDACC__)
-#include <cmath>
-#endif
-
 #include "warp.h"
 
 namespace fuseformer {

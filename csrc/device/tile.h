@@ -56,6 +56,12 @@ struct LaneAddresses {
            column_step / Layout::kPhases * Layout::kPhases * 32;
   }
 
+  // Points to the tile `bytes` behind.
+  FUSEFORMER_DEVICE void move(int bytes) {
+    FUSEFORMER_UNROLL
+    for (int i = 0; i < Layout::kPhases; ++i) phase[i] += bytes;
+  }
+
   // Has the other phases computed from the first one in every step of a loop, where the registers
   // that would keep them are needed. Steps that are added to a smaller first one without a carry
   // are an exclusive or.
@@ -83,12 +89,14 @@ struct TileCopy {
   static_assert(kPasses * kRowsAtOnce == kRows && Layout::kChunks % kAcross == 0);
 
   int row;          // of the first pass
+  int first_chunk;  // in it
   uint32_t target;  // its offset in a tile
   int64_t start;    // bytes from row 0 of the tensor to it
   int64_t step;     // bytes from one pass to the next
 
   FUSEFORMER_DEVICE TileCopy(int thread, int64_t row_stride) {
     row = thread / kAcross;
+    first_chunk = thread % kAcross;
     target = Layout::offset(row, thread % kAcross);
     start = 2 * (row * row_stride + thread % kAcross * 8);
     step = 2 * kRowsAtOnce * row_stride;
@@ -106,6 +114,18 @@ struct TileCopy {
     }
   }
 
+  // The same if `wanted`, without a branch.
+  FUSEFORMER_DEVICE void begin_if(SharedAddress tile, const char* source, bool wanted) const {
+    source += start;
+    FUSEFORMER_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass, source += step) {
+      FUSEFORMER_UNROLL
+      for (int chunk = 0; chunk < Layout::kChunks; chunk += kAcross) {
+        copy_async_16_if(tile + target_of(pass, chunk), source + 16 * chunk, wanted);
+      }
+    }
+  }
+
   // The same for rows of which only the first `rows` exist: the others become zeros.
   FUSEFORMER_DEVICE void begin_bounded(SharedAddress tile, const char* source, int rows) const {
     source += start;
@@ -114,6 +134,19 @@ struct TileCopy {
       const bool exists = row + pass * kRowsAtOnce < rows;
       FUSEFORMER_UNROLL
       for (int chunk = 0; chunk < Layout::kChunks; chunk += kAcross) {
+        copy_async_16_or_zero(tile + target_of(pass, chunk), source + 16 * chunk, exists);
+      }
+    }
+  }
+
+  // The same for columns, of which the first `columns`, a multiple of eight, exist.
+  FUSEFORMER_DEVICE void begin_narrow(SharedAddress tile, const char* source, int columns) const {
+    source += start;
+    FUSEFORMER_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass, source += step) {
+      FUSEFORMER_UNROLL
+      for (int chunk = 0; chunk < Layout::kChunks; chunk += kAcross) {
+        const bool exists = 8 * (chunk + first_chunk) < columns;
         copy_async_16_or_zero(tile + target_of(pass, chunk), source + 16 * chunk, exists);
       }
     }

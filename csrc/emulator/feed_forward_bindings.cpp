@@ -1,4 +1,5 @@
 // The emulator with the feed-forward kernels for Python: the calls that ship, from tensors on.
+#include "../feed_forward/feed_forward.h"
 #include "../feed_forward/linear.h"
 #include "python.h"
 #include "tensor_argument.h"
@@ -8,6 +9,20 @@ namespace fuseformer {
 PYBIND11_MODULE(_emulator, m) {
   emulator::bind(m);
 
+  m.def("feed_forward_forward", [](const py::args& args) {
+    FeedForwardArguments a;
+    a.x = view("x", args[0]);
+    a.w1 = view("w1", args[1]);
+    a.b1 = view("b1", args[2]);
+    a.w2 = view("w2", args[3]);
+    a.b2 = view("b2", args[4]);
+    a.y = view("y", args[5]);
+    a.seed = view("seed", args[6]);
+    a.activation = args[7].cast<std::string>();
+    a.dropout_threshold = args[8].cast<int64_t>();
+    a.dropout_scale = args[9].cast<double>();
+    run_feed_forward_forward(a, nullptr);
+  });
   m.def("linear_activation", [](const py::args& args) {
     LinearArguments a;
     a.x = view("x", args[0]);

@@ -16,7 +16,7 @@ constexpr int kGradientUnits = 64;  // of a block: a warp takes eight tokens by 
 //
 // Grid: (row blocks * unit blocks,), unit blocks fastest. A thread takes eight neighbouring units
 // of a row: sixteen bytes. The warps' sums meet in shared memory.
-template <typename Element, Activation kActivation, bool kDropout>
+template <typename Element, bool kDropout>
 __global__ void __launch_bounds__(kGradientThreads)
     activation_gradient_kernel(const ActivationGradientParams params) {
   const int unit_blocks = (params.hidden + kGradientUnits - 1) / kGradientUnits;
@@ -26,39 +26,42 @@ __global__ void __launch_bounds__(kGradientThreads)
   const int unit = static_cast<int>(blockIdx.x) % unit_blocks * kGradientUnits + 8 * chunk;
   float sums[8] = {};
   const int end = minimum(params.tokens, (row_block + 1) * kGradientRows);
-  for (int row = row_block * kGradientRows + line; row < end && unit < params.hidden;
-       row += kLines) {
-    Element* const dact = static_cast<Element*>(params.dact.data) + row * params.dact.row_stride;
-    Element* const pre = static_cast<Element*>(params.pre.data) + row * params.pre.row_stride;
-    Sixteen gradient, before;
-    copy_16(&gradient, dact + unit);
-    copy_16(&before, pre + unit);
-    FUSEFORMER_UNROLL
-    for (int word = 0; word < 4; ++word) {
-      float act[2], dpre[2];
+  with_activation(params.activation, [&](auto kind) {
+    for (int row = row_block * kGradientRows + line; row < end && unit < params.hidden;
+         row += kLines) {
+      Element* const dact = static_cast<Element*>(params.dact.data) + row * params.dact.row_stride;
+      Element* const pre = static_cast<Element*>(params.pre.data) + row * params.pre.row_stride;
+      Sixteen gradient, before;
+      copy_16(&gradient, dact + unit);
+      copy_16(&before, pre + unit);
       FUSEFORMER_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        float slope;
-        act[j] = activate_with_slope<kActivation>(unpack<Element>(before.words[word], j), slope);
-        dpre[j] = unpack<Element>(gradient.words[word], j) * slope;
-        if constexpr (kDropout) {
-          const int column = unit + 2 * word + j;
-          uint32_t words[4];
-          dropout_words(words, seed_of(params.seed), 0, 0, row / 16 * 16 + row % 8,
-                        column / 32 * 32 + column % 8);
-          const uint32_t decided = words[column / 8 % 4];
-          const bool keeps = is_kept(decided, row / 8 % 2, params.dropout_threshold);
-          act[j] = keeps ? act[j] * params.dropout_scale : 0.0f;
-          dpre[j] = keeps ? dpre[j] * params.dropout_scale : 0.0f;
+      for (int word = 0; word < 4; ++word) {
+        float act[2], dpre[2];
+        FUSEFORMER_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          float slope;
+          act[j] = activate_with_slope<decltype(kind)::value>(
+              unpack<Element>(before.words[word], j), slope);
+          dpre[j] = unpack<Element>(gradient.words[word], j) * slope;
+          if constexpr (kDropout) {
+            const int column = unit + 2 * word + j;
+            uint32_t words[4];
+            dropout_words(words, seed_of(params.seed), 0, 0, row / 16 * 16 + row % 8,
+                          column / 32 * 32 + column % 8);
+            const uint32_t decided = words[column / 8 % 4];
+            const bool keeps = is_kept(decided, row / 8 % 2, params.dropout_threshold);
+            act[j] = keeps ? act[j] * params.dropout_scale : 0.0f;
+            dpre[j] = keeps ? dpre[j] * params.dropout_scale : 0.0f;
+          }
+          sums[2 * word + j] += dpre[j];
         }
-        sums[2 * word + j] += dpre[j];
+        gradient.words[word] = pack<Element>(dpre[0], dpre[1]);
+        before.words[word] = pack<Element>(act[0], act[1]);
       }
-      gradient.words[word] = pack<Element>(dpre[0], dpre[1]);
-      before.words[word] = pack<Element>(act[0], act[1]);
+      copy_16(dact + unit, &gradient);
+      copy_16(pre + unit, &before);
     }
-    copy_16(dact + unit, &gradient);
-    copy_16(pre + unit, &before);
-  }
+  });
   if (params.dbias == nullptr) return;
   float* const shared = reinterpret_cast<float*>(dynamic_shared());
   FUSEFORMER_UNROLL

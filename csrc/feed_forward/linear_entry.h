@@ -11,9 +11,8 @@ struct Half;
 
 // Start the kernel of one dtype. Return null, or why nothing was started.
 template <typename Element>
-const char* linear_activation(const LinearParams& params, Activation activation, Stream stream);
+const char* linear_activation(const LinearParams& params, Stream stream);
 template <typename Element>
-const char* activation_gradient(const ActivationGradientParams& params, Activation activation,
-                                Stream stream);
+const char* activation_gradient(const ActivationGradientParams& params, Stream stream);
 
 }  // namespace fuseformer

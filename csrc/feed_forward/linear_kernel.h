@@ -26,7 +26,7 @@ FUSEFORMER_DEVICE void begin_edge_copy(SharedAddress tile, const char* source, i
 // Grid: (row blocks * unit blocks,), groups of kGroup row blocks side by side, so that the weights
 // of a unit block are read by neighbours. Shared memory: two tiles of tokens and two of weights; at
 // the end, where those were, the tile of the output.
-template <typename Traits, Activation kActivation, bool kDropout>
+template <typename Traits, bool kDropout>
 __global__ void __launch_bounds__(Traits::kThreads) linear_kernel(const LinearParams params) {
   using Element = typename Traits::Element;
   using Addresses = LaneAddresses<Traits::kBlockK>;
@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(Traits::kThreads) linear_kernel(const LinearPa
   const TileCopy<Traits::kBlockK, kBlockM, Traits::kThreads> x_copy(thread, params.x.row_stride);
   const TileCopy<Traits::kBlockK, kBlockN, Traits::kThreads> w_copy(thread, params.w.row_stride);
   const char* x_rows =
-      static_cast<const char*>(params.x.data) + 2 * block_row * params.x.row_stride;
+      static_cast<const char*>(params.x.data) + int64_t{2} * block_row * params.x.row_stride;
   const char* w_rows =
-      static_cast<const char*>(params.w.data) + 2 * block_unit * params.w.row_stride;
+      static_cast<const char*>(params.w.data) + int64_t{2} * block_unit * params.w.row_stride;
   const auto begin_copies = [&](auto edge, int step, int stage) {
     const int column = step * Traits::kBlockK;
     if constexpr (decltype(edge)::value) {
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(Traits::kThreads) linear_kernel(const LinearPa
     copy_async_commit();
   };
   const auto multiply = [&](auto edge) {
-    begin_copies(edge, 0, 0);
+    if (steps > 0) begin_copies(edge, 0, 0);
     int stage = 0;
     for (int step = 0; step < steps; ++step, stage = Traits::kStageBytes - stage) {
       // Everyone has left the last step, and this step's copies are in.
@@ -155,17 +155,19 @@ __global__ void __launch_bounds__(Traits::kThreads) linear_kernel(const LinearPa
     }
   };
   if (params.pre.data != nullptr) write(params.pre);
-  FUSEFORMER_UNROLL
-  for (int tile = 0; tile < kRowTiles; ++tile) {
+  with_activation(params.activation, [&](auto kind) {
     FUSEFORMER_UNROLL
-    for (int i = 0; i < kColumnTiles; ++i) {
+    for (int tile = 0; tile < kRowTiles; ++tile) {
       FUSEFORMER_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        sums[tile][i][j] = activate<kActivation>(sums[tile][i][j]);
-        if constexpr (kDropout) sums[tile][i][j] *= params.dropout_scale;
+      for (int i = 0; i < kColumnTiles; ++i) {
+        FUSEFORMER_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          sums[tile][i][j] = activate<decltype(kind)::value>(sums[tile][i][j]);
+          if constexpr (kDropout) sums[tile][i][j] *= params.dropout_scale;
+        }
       }
     }
-  }
+  });
   if constexpr (kDropout) {
     drop_units(sums, seed_of(params.seed), lane_row, lane_unit, params.dropout_threshold);
   }

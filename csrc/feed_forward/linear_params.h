@@ -17,6 +17,7 @@ struct LinearParams {
   RowTensor pre;     // like act, or null: the product with its bias, for the backward pass
   const void* bias;  // (hidden,), or null
 
+  Activation activation;
   int tokens;
   int width;   // a multiple of 8
   int hidden;  // a multiple of 8
@@ -27,6 +28,7 @@ struct LinearParams {
 };
 
 struct ActivationGradientParams {
+  Activation activation;
   RowTensor dact;  // (tokens, hidden); becomes the gradient before the activation
   RowTensor pre;   // like dact; becomes the activation, which the gradient of w2 needs
   float* dbias;    // (row blocks, hidden), sums of rows, or null

@@ -3,8 +3,8 @@
 
 namespace fuseformer {
 
-// Four warps of 64 x 64: each fragment that a warp loads feeds four or eight products. Two buffers
-// leave room for two blocks on a multiprocessor, which cover each other's waits.
+// Eight warps of 64 x 64: each fragment that a warp loads feeds four or eight products. A block has
+// a multiprocessor for itself.
 template <typename Element_>
 struct LinearTraits {
   using Element = Element_;

@@ -321,14 +321,18 @@ def request_for(
     head_dim: int = 0,
     requested: str | None = None,
     dtype: torch.dtype | None = None,
+    trained: tuple[Tensor, ...] = (),
 ) -> Request:
-    """Return the request of `op`; `lead` gives the device, and the dtype unless given."""
+    """Return the request of `op`; `lead` gives the device, and the dtype unless given.
+
+    Its shapes are those of `lead` and `others`; `trained` are more inputs that have a gradient.
+    """
     shapes = tuple(tuple(int(n) for n in t.shape) for t in (lead, *others))
     if _transformed():
         options = options | {_TRANSFORMED}
     device = lead.device
     capability = device_capability(device.index) if device.type == "cuda" else 0
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (lead, *others))
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (lead, *others, *trained))
     return Request(
         op,
         device.type,

@@ -70,6 +70,9 @@ class Ops:
     def attention_decode(self, *arguments: Any) -> None:
         self._call(self.emulator.attention_decode, arguments, written=(3, 4))
 
+    def feed_forward_forward(self, *arguments: Any) -> None:
+        self._call(self.emulator.feed_forward_forward, arguments, written=(5,))
+
     def linear_activation(self, *arguments: Any) -> None:
         written = (3,) if arguments[4] is None else (3, 4)
         self._call(self.emulator.linear_activation, arguments, written)

@@ -1,8 +1,9 @@
 """Feed-forward by the CUDA C++ kernels, with the signatures of `fuseformer.kernels.feed_forward`.
 
-The first product ends in bias, activation and dropout; the second is the vendor's, as are those of
-the backward pass, where one kernel computes the gradient before the activation, the activation anew
-and the sums of the bias gradient.
+Blocks of `RESIDENT_WIDTHS` run in one kernel, whose hidden activations never reach memory. In
+others the first product ends in bias, activation and dropout, and the second is the vendor's. So
+are those of the backward pass, where one kernel computes the gradient before the activation, the
+activation anew and the sums of the bias gradient.
 """
 
 import torch
@@ -13,6 +14,8 @@ from ..philox import dropout_scale, dropout_threshold
 from . import library
 from .attention import aligned
 
+#: Widths, of input and output, with a kernel for both products.
+RESIDENT_WIDTHS = (64, 128, 256)
 #: Rows and columns of 16-bit numbers are copied by eights.
 MULTIPLE = 8
 # Of `kGradientRows`, which the compiled op checks.
@@ -20,8 +23,8 @@ _ROWS_OF_SUMS = 256
 
 
 def saves_pre(width: int, out_width: int, dtype: torch.dtype) -> bool:
-    """Return whether forward saves the product before the activation: it always does."""
-    return True
+    """Return whether forward saves the product before the activation."""
+    return width != out_width or width not in RESIDENT_WIDTHS
 
 
 def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[Tensor | None, int, float]:
@@ -38,14 +41,22 @@ def feed_forward_forward(
     activation: str,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output (T, out) and the product before the activation (T, hidden)."""
+    """Return the output (T, out), and the product before the activation where `saves_pre`.
+
+    That is (T, hidden), or else empty (0,).
+    """
+    drops, threshold, factor = _dropout(seed, dropout_p)
+    b1, b2 = (None if b is None else aligned(b) for b in (b1, b2))
+    x, w1 = aligned(x), aligned(w1)
+    if not saves_pre(x.shape[1], w2.shape[0], x.dtype):
+        y = x.new_empty(x.shape)
+        library.ops().feed_forward_forward(
+            x, w1, b1, aligned(w2), b2, y, drops, activation, threshold, factor
+        )
+        return y, x.new_empty(0)
     act = x.new_empty(x.shape[0], w1.shape[0])
     pre = torch.empty_like(act)
-    drops, threshold, factor = _dropout(seed, dropout_p)
-    bias = None if b1 is None else aligned(b1)
-    library.ops().linear_activation(
-        aligned(x), aligned(w1), bias, act, pre, drops, activation, threshold, factor
-    )
+    library.ops().linear_activation(x, w1, b1, act, pre, drops, activation, threshold, factor)
     return F.linear(act, w2, b2), pre
 
 
@@ -63,7 +74,7 @@ def feed_forward_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Return the gradients of x, w1, b1, w2 and b2, that of an absent bias as None."""
     gradient = dy @ w2  # (T, hidden), that of the activation and then of what is before it
-    act = pre.clone()
+    act = pre.clone() if pre.numel() else F.linear(x, w1, b1)  # forward may have saved nothing
     sums = None
     if b1 is not None:
         blocks = -(-x.shape[0] // _ROWS_OF_SUMS)

@@ -40,9 +40,17 @@ def default_scale(q: Tensor) -> float:
     return 1 / math.sqrt(max(1, q.shape[-1]))
 
 
+def unusual_scale(scale: float) -> frozenset[str]:
+    """Return the option that a scale is which not every kernel takes, if it is one.
+
+    A plain branch on the number: compiled code guards it.
+    """
+    return frozenset() if 1e-30 < scale < 1e30 else frozenset({"a scale outside 1e-30 to 1e30"})
+
+
 def used_options(**named: Any) -> frozenset[str]:
     """Return the names of the optional features that are in use."""
-    unused = (None, False, 0.0, (-1, -1))
+    unused = (None, 0.0, (-1, -1))
     return frozenset(n for n, x in named.items() if isinstance(x, Tensor) or x not in unused)
 
 
@@ -65,14 +73,13 @@ def _attention(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    options = used_options(
+    options = unusual_scale(scale) | used_options(
         bias=bias,
         key_padding_mask=key_padding_mask,
         window=(window_left, window_right),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        **{"scale <= 0": scale <= 0},
     )
     record(request_for("attention", q, k, options=options, head_dim=q.shape[-1]), backend)
     out, lse = _kernels(backend).attention_forward(
@@ -329,24 +336,25 @@ def attention(
     alignment, sides = checks.causal(causal), checks.window(window)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
     p = checks.probability("dropout_p", dropout_p)
-    not_positive = scale is not None and checks.finite("scale", scale) <= 0
-    scale = default_scale(q) if scale is None else checks.finite("scale", scale)
+    unusual = frozenset() if scale is None else unusual_scale(checks.finite("scale", scale))
+    scale = default_scale(q) if scale is None else scale
     request = request_for(
         "attention",
         q,
         k,
-        options=used_options(
+        options=unusual
+        | used_options(
             bias=bias,
             key_padding_mask=key_padding_mask,
             window=sides,
             softcap=cap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
-            **{"scale <= 0": not_positive},
         ),
         head_dim=q.shape[-1],
         requested=requested_backend(backend),
         dtype=autocast_dtype(q),
+        trained=(v,),
     )
     name, _ = choose_backend(request)
     seed_tensor = checks.dropout_seed(seed, p, q)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
-from .attention import check_extras, default_scale, lse_dtype, used_options
+from .attention import check_extras, default_scale, lse_dtype, unusual_scale, used_options
 from .registration import autocast_dtype, laid_out, register_autocast
 
 #: New tokens of a sequence that one call takes; prompts are for `attention`.
@@ -31,13 +31,12 @@ def _decode_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    options = used_options(
+    options = unusual_scale(scale) | used_options(
         block_table=block_table,
         window=(window_left, window_right),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        **{"scale <= 0": scale <= 0},
     )
     record(
         request_for("decode_attention", q, k_cache, options=options, head_dim=q.shape[-1]), backend
@@ -195,20 +194,20 @@ def decode_attention(
         _validate(cache_lengths, capacity, block_table, k_cache.shape[0], k_cache.shape[2])
     sides = checks.window(window)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
-    not_positive = scale is not None and checks.finite("scale", scale) <= 0
-    scale = default_scale(q) if scale is None else checks.finite("scale", scale)
+    unusual = frozenset() if scale is None else unusual_scale(checks.finite("scale", scale))
+    scale = default_scale(q) if scale is None else scale
     dtype = autocast_dtype(q)
     request = request_for(
         "decode_attention",
         q,
         k_cache,
-        options=used_options(
+        options=unusual
+        | used_options(
             block_table=block_table,
             window=sides,
             softcap=cap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
-            **{"scale <= 0": not_positive},
         ),
         head_dim=q.shape[-1],
         requested=requested_backend(backend),

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
-from .registration import autocast_dtype, present, register_autocast, second_derivatives
+from .registration import autocast_dtype, laid_out, present, register_autocast, second_derivatives
 
 
 def _kernels(backend: str, gated: bool = False) -> Any:
@@ -80,7 +80,7 @@ def _feed_forward_backward(
     dx, dw1, db1, dw2, db2 = _kernels(backend).feed_forward_backward(
         dy, x, w1, b1, w2, pre, seed, activation, dropout_p, has_b2
     )
-    return dx, dw1, present(db1, x), dw2, present(db2, x)
+    return laid_out(dx, x), dw1.contiguous(), present(db1, x), dw2.contiguous(), present(db2, x)
 
 
 @_feed_forward_backward.register_fake
@@ -235,9 +235,11 @@ def _gated_feed_forward_backward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _kernels(backend, gated=True).gated_feed_forward_backward(
+    dx, *weights = _kernels(backend, gated=True).gated_feed_forward_backward(
         dy, x, w_gate, w_up, w_down, gate_pre, up, seed, activation, dropout_p
     )
+    dw_gate, dw_up, dw_down = (w.contiguous() for w in weights)
+    return laid_out(dx, x), dw_gate, dw_up, dw_down
 
 
 @_gated_feed_forward_backward.register_fake

@@ -15,6 +15,7 @@ from .attention import (
     check_heads,
     default_scale,
     lse_dtype,
+    unusual_scale,
     used_options,
 )
 from .registration import (
@@ -58,13 +59,12 @@ def _varlen_attention(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    options = used_options(
+    options = unusual_scale(scale) | used_options(
         bias=bias,
         window=(window_left, window_right),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        **{"scale <= 0": scale <= 0},
     )
     record(request_for("varlen_attention", q, k, options=options, head_dim=q.shape[-1]), backend)
     out, lse = _kernels(backend).varlen_attention_forward(
@@ -277,24 +277,25 @@ def varlen_attention(
     alignment, sides = checks.causal(causal), checks.window(window)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
     p = checks.probability("dropout_p", dropout_p)
-    not_positive = scale is not None and checks.finite("scale", scale) <= 0
-    scale = default_scale(q) if scale is None else checks.finite("scale", scale)
+    unusual = frozenset() if scale is None else unusual_scale(checks.finite("scale", scale))
+    scale = default_scale(q) if scale is None else scale
     dtype = autocast_dtype(q)
     request = request_for(
         "varlen_attention",
         q,
         k,
-        options=used_options(
+        options=unusual
+        | used_options(
             bias=bias,
             window=sides,
             softcap=cap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
-            **{"scale <= 0": not_positive},
         ),
         head_dim=q.shape[-1],
         requested=requested_backend(backend),
         dtype=dtype,
+        trained=(v,),
     )
     name, _ = choose_backend(request)
     seed_tensor = checks.dropout_seed(seed, p, q)

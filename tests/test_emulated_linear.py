@@ -1,0 +1,297 @@
+"""Feed-forward in the epilogue regime by CUDA C++ kernels, executed on the CPU from what ships."""
+
+import shutil
+
+import pytest
+import torch
+from block_checks import FeedForwardCase as Case
+from block_checks import check_feed_forward, check_feed_forward_dropout
+from emulated import EmulatorError, Kernels
+from emulator_build import SOURCES, build_feed_forward
+
+import fuseformer as ff
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return Kernels(build_feed_forward("plain"))
+
+
+@pytest.fixture(scope="module")
+def shadow():
+    return Kernels(build_feed_forward("shadow"))
+
+
+CASES = [
+    Case((1, 40, 72, 40), "relu", BF16),
+    Case((49, 8, 136, 24), "relu", BF16, 0.3, biases=False),
+    Case((63, 40, 104, 40), "relu", FP16, 0.3),
+    Case((33, 320, 96, 320), "gelu", BF16, 0.5),
+    Case((17, 320, 96, 320), "gelu", FP16, biases=False),
+    Case((130, 24, 40, 8), "gelu_tanh", BF16),
+    Case((16, 40, 128, 40), "gelu_tanh", FP16, 0.1, biases=False),
+    Case((31, 40, 72, 264), "silu", BF16, 0.2),
+    Case((63, 96, 104, 96), "silu", FP16, biases=False),
+    Case((300, 64, 520, 40), "gelu", BF16, 0.1),
+    Case((128, 128, 256, 64), "silu", FP16, 0.1),
+    Case((1100, 72, 264, 8), "relu", BF16),
+    # One kernel for both products forward, whose backward pass begins with the first.
+    Case((70, 64, 136, 64), "gelu", FP16, 0.2),
+    Case((33, 256, 40, 256), "silu", BF16, biases=False),
+]
+
+
+@pytest.mark.parametrize("rounding", ["exact", "chained", "truncating"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_oracle(case, rounding, plain):
+    plain.emulator.set_options(False, 1, "late", rounding, 80)
+    check_feed_forward(plain, case)
+
+
+@pytest.mark.parametrize("landing", ["late", "early", "random"])
+@pytest.mark.parametrize("case", CASES[3:6] + CASES[9:11], ids=str)
+def test_no_access_is_wrong_in_any_order(case, landing, shadow):
+    shadow.emulator.set_options(True, 2, landing, "exact", 86)
+    check_feed_forward(shadow, case)
+
+
+@pytest.mark.parametrize(("size", "dropout_p"), [(40, 0.1), (72, 0.75)])
+def test_dropout_decides_as_defined_both_ways(size, dropout_p, plain):
+    plain.emulator.set_options(False, 1, "late", "exact", 80)
+    check_feed_forward_dropout(plain, size, dropout_p)
+
+
+def test_the_product_has_no_bank_conflict(shadow):
+    shadow.emulator.set_options(False, 1, "late", "exact", 80)
+    counts = []
+    for width in (64, 640):
+        x, w = torch.randn(128, width).to(BF16), torch.randn(256, width).to(BF16)
+        act = torch.empty(128, 256, dtype=BF16)
+        shadow.ops.linear_activation(x, w, None, act, None, None, "relu", 0, 1.0)
+        counts.append(shadow.ops.counters)
+    assert counts[1]["ldmatrix"] == 10 * counts[0]["ldmatrix"]
+    assert [c["ldmatrix_conflicts"] for c in counts] == [0, 0]
+    assert [c["shared_conflicts"] for c in counts] == [0, 0]
+
+
+def test_values_that_are_not_finite_stay_where_they_are(plain):
+    """An infinite token makes its own row so, as in PyTorch, and no other."""
+    x, w1 = torch.randn(5, 16).to(FP16), torch.randn(24, 16).to(FP16)
+    x[2, 3], x[4, 0] = torch.inf, torch.nan
+    w2 = torch.randn(16, 24).to(FP16)
+    for activation in ("relu", "gelu", "gelu_tanh", "silu"):
+        y, pre = plain.feed_forward_forward(x, w1, None, w2, None, None, activation, 0.0)
+        assert pre[[0, 1, 3]].isfinite().all()
+        assert y[[0, 1, 3]].isfinite().all()
+        assert not pre[2].isfinite().any()
+        assert y[4].isnan().all()
+
+
+def test_the_public_op(plain):
+    torch.manual_seed(0)
+    x, w1, w2 = (torch.randn(*s).to(BF16) for s in ((3, 7, 16), (24, 16), (16, 24)))
+    with plain.installed(), ff.explain() as decisions:
+        leaves = [t.requires_grad_() for t in (x, w1, w2)]
+        y = ff.feed_forward(x, w1, None, w2, None, activation="silu", backend="cuda")
+        gradients = torch.autograd.grad(y.float().sum(), leaves)
+    assert decisions.decisions[0].backend == "cuda"
+    assert [g.shape for g in gradients] == [t.shape for t in leaves]
+    with plain.installed(), pytest.raises(ValueError, match="multiples of 8, not 12 and 24"):
+        ff.feed_forward(
+            x[..., :12].detach(), w1[:, :12].detach(), None, w2.detach(), None, backend="cuda"
+        )
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "said"),
+    [
+        (0, torch.zeros(4, 12, dtype=BF16), "x: got 12 columns, expected a multiple of 8"),
+        (1, torch.zeros(24, 8, dtype=BF16), r"w: got shape \(24, 8\), expected \(24, 16\)"),
+        (1, torch.zeros(24, 16, dtype=FP16), "w: got float16, expected bfloat16"),
+        (2, torch.zeros(16, dtype=BF16), r"bias: got shape \(16,\), expected \(24,\)"),
+        (3, torch.zeros(4, 16, dtype=BF16), r"act: got shape \(4, 16\), expected \(4, 24\)"),
+        (5, torch.zeros(1), "seed: got float32, expected int64"),
+        (6, "tanh", "activation: got 'tanh', expected relu"),
+    ],
+)
+def test_the_compiled_op_names_what_is_wrong(place, wrong, said, plain):
+    x, w = torch.zeros(4, 16, dtype=BF16), torch.zeros(24, 16, dtype=BF16)
+    given = [x, w, None, torch.zeros(4, 24, dtype=BF16), None, None, "relu", 0, 1.0]
+    given[place] = wrong
+    with pytest.raises(ValueError, match=said):
+        plain.ops.linear_activation(*given)
+
+
+# ------------------------------------------------------------------------------------------------
+# Planted bugs
+# ------------------------------------------------------------------------------------------------
+
+KERNELS = """
+#include "feed_forward/launch.h"
+#include "feed_forward/linear_launch.h"
+namespace fuseformer {
+template const char* linear_activation<Bfloat16>(const LinearParams&, Stream);
+template const char* activation_gradient<Bfloat16>(const ActivationGradientParams&, Stream);
+template <>
+const char* linear_activation<Half>(const LinearParams&, Stream) { return "not built"; }
+template <>
+const char* activation_gradient<Half>(const ActivationGradientParams&, Stream) {
+  return "not built";
+}
+template <>
+const char* feed_forward_forward<Half>(const FeedForwardParams&, int, Activation, Stream) {
+  return "not built";
+}
+template <>
+const char* feed_forward_forward<Bfloat16>(const FeedForwardParams&, int, Activation, Stream) {
+  return "not built";
+}
+}  // namespace fuseformer
+"""
+LINEAR, GRADIENT = "feed_forward/linear_kernel.h", "feed_forward/gradient_kernel.h"
+ACTIVATION = "feed_forward/activation.h"
+WIDE = Case((130, 136, 264, 40), "gelu", BF16, 0.1)
+WHOLE = Case((128, 192, 256, 40), "silu", BF16)
+TANH = Case((40, 24, 40, 8), "gelu_tanh", BF16, 0.2)
+WRONG, RACE, INFLIGHT, BOUNDS = "exceeds", "race: ", "copy is on its way", "out of bounds"
+UNINITIALISED = "nobody has written"
+BUGS = {
+    "no barrier before a step": (
+        LINEAR,
+        "      copy_async_wait<0>();\n      block_barrier();\n",
+        "      copy_async_wait<0>();\n",
+        WHOLE,
+        RACE,
+    ),
+    "the copies of a step are not waited for": (
+        LINEAR,
+        "      copy_async_wait<0>();\n      block_barrier();\n",
+        "      block_barrier();\n",
+        WHOLE,
+        INFLIGHT,
+    ),
+    "no barrier before the output lies where tiles were": (
+        LINEAR,
+        "const RowTensor& target) {\n    block_barrier();",
+        "const RowTensor& target) {",
+        WIDE,
+        RACE,
+    ),
+    "no barrier before the output is read": (
+        LINEAR,
+        "    block_barrier();\n    for (int index = thread; index < kBlockM",
+        "    for (int index = thread; index < kBlockM",
+        WIDE,
+        RACE,
+    ),
+    "rows that do not exist are copied": (
+        LINEAR,
+        "const bool exists = row < rows && 8 * chunk < columns;",
+        "const bool exists = row <= rows && 8 * chunk < columns;",
+        WIDE,
+        BOUNDS,
+    ),
+    "columns that do not exist are copied": (
+        LINEAR,
+        "const bool exists = row < rows && 8 * chunk < columns;",
+        "const bool exists = row < rows && 8 * chunk <= columns;",
+        WIDE,
+        BOUNDS,
+    ),
+    "units that do not exist are written": (
+        LINEAR,
+        " && block_unit + 8 * chunk < params.hidden) {",
+        ") {",
+        WIDE,
+        RACE,
+    ),
+    "the edge is taken for whole": (
+        LINEAR,
+        "params.width % Traits::kBlockK == 0",
+        "true",
+        Case((128, 136, 256, 40), "relu", BF16),
+        BOUNDS,
+    ),
+    "operands of two products are exchanged": (
+        LINEAR,
+        "a[tile], b[2], b[3]);",
+        "a[tile], b[3], b[2]);",
+        WHOLE,
+        WRONG,
+    ),
+    "the product is not kept for the backward pass": (
+        LINEAR,
+        "params.pre.data != nullptr",
+        "params.pre.data == nullptr",
+        WHOLE,
+        UNINITIALISED,
+    ),
+    "dropout is not scaled": (
+        LINEAR,
+        "sums[tile][i][j] *= params.dropout_scale;",
+        "sums[tile][i][j] *= 1.0f;",
+        TANH,
+        WRONG,
+    ),
+    "the mask of the gradient is another": (
+        GRADIENT,
+        "row / 8 % 2",
+        "row / 4 % 2",
+        TANH,
+        WRONG,
+    ),
+    "the slope lacks its inner derivative": (
+        ACTIVATION,
+        "0.134145f * square",
+        "0.044715f * square",
+        TANH,
+        WRONG,
+    ),
+    "no barrier before the sums of the bias": (
+        GRADIENT,
+        "  block_barrier();\n",
+        "",
+        WHOLE,
+        RACE,
+    ),
+    "the last line of sums is left out": (
+        GRADIENT,
+        "other < kLines; ++other",
+        "other < kLines - 1; ++other",
+        WHOLE,
+        WRONG,
+    ),
+}
+
+
+def planted(folder, file=LINEAR, correct="", wrong=""):
+    """Return the kernels with a text replaced, every access being checked."""
+    copy = folder / "csrc"
+    shutil.copytree(SOURCES, copy)
+    source = (copy / file).read_text()
+    assert correct in source, f"{file} has changed: plant the bug anew"
+    (copy / file).write_text(source.replace(correct, wrong) if correct else source)
+    unit = folder / "kernels.cpp"
+    unit.write_text(KERNELS)
+    kernels = Kernels(build_feed_forward("shadow", unit, sources=copy))
+    kernels.emulator.set_options(True, 1, "late", "exact", 80)
+    return kernels
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name, tmp_path):
+    file, correct, wrong, case, how = BUGS[name]
+    kernels = planted(tmp_path, file, correct, wrong)
+    with pytest.raises(AssertionError) as caught:
+        check_feed_forward(kernels, case)
+    assert how in str(caught.value)
+    assert isinstance(caught.value, EmulatorError) == (how != WRONG)
+
+
+def test_the_copy_without_a_bug_passes(tmp_path):
+    """Else the tests above would pass for any reason at all."""
+    kernels = planted(tmp_path)
+    for case in {case for _, _, _, case, _ in BUGS.values()}:
+        check_feed_forward(kernels, case)
