@@ -62,7 +62,8 @@ FeedForwardParams params_of(const FeedForwardArguments& a) {
     refuse(a.w1, std::to_string(hidden) + " hidden units", "a multiple of 8");
   }
   params.x = rows(a.x, a.x, tokens, width);
-  params.w1 = rows(a.w1, a.x, hidden, width);
+  params.w1 = rows(a.w1, a.x, hidden, width).data;
+  require_contiguous(a.w1);
   params.w2 = rows(a.w2, a.x, width, hidden);
   params.y = rows(a.y, a.x, tokens, width);
   params.b1 = bias(a.b1, a.x, hidden);
