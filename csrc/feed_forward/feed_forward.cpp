@@ -53,8 +53,9 @@ FeedForwardParams params_of(const FeedForwardArguments& a) {
     refuse(a.x, name_of(a.x.dtype), "bfloat16 or float16");
   }
   const int64_t tokens = a.x.sizes[0], width = a.x.sizes[1], hidden = a.w1.sizes[0];
-  // The last block and the last step reach past the end, within 32 bits.
-  constexpr int64_t kMost = std::numeric_limits<int>::max() - 1024;
+  // Rows of w2 in bytes, and what the last block and the last step reach past the end, are within
+  // 32 bits.
+  constexpr int64_t kMost = 1 << 29;
   FeedForwardParams params = {};
   params.tokens = within("tokens", tokens, kMost);
   params.hidden = within("hidden", hidden, kMost);

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
 
-  // Of the next step, while this one's products run.
+  // Where the copies of the next step begin.
   const char* w1_next = w1_rows + int64_t{last - 1} * kW1Step + w1_copy.start;
   const char* w2_next = w2_rows + 2 * (last - 1) * kBlockH + w2_copy.start;
   int stage = 0;
@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   if (params.hidden % kBlockH != 0) take(Constant<true>(), step--);
   for (; step >= 0; --step) take(Constant<false>(), step);
 
-  // Dropout's factor is common to all summands of an output. Each warp writes its own rows, where
-  // others may still read weights before the barrier.
+  // Dropout's factor is common to all summands of an output. Each warp writes its own rows, over
+  // weights that others read up to the barrier.
   const float factor = kDropout ? params.dropout_scale : 1.0f;
   copy_async_wait<0>();
   block_barrier();
