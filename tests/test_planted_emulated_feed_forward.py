@@ -29,7 +29,8 @@ const char* feed_forward_forward<Half>(const FeedForwardParams&, int, Activation
 }  // namespace fuseformer
 """
 
-PLAIN = Case(150, 128, 200, BF16)
+# An odd number of steps: the last one reads where the output will be written.
+PLAIN = Case(150, 128, 168, BF16)
 WHOLE = Case(128, 128, 128, BF16)
 BARE = Case(40, 128, 96, BF16, biases="none")
 GELU = Case(100, 128, 104, BF16, "gelu")
@@ -161,10 +162,10 @@ BUGS = {
         PLAIN,
         WRONG,
     ),
-    "rows of 64 bytes are swizzled by fewer bits": (
+    "rows are swizzled by fewer bits": (
         TILE,
         "return kWhole ? row & 7 : row >> 1 & 3;",
-        "return kWhole ? row & 7 : row >> 1 & 1;",
+        "return kWhole ? row & 3 : row >> 1 & 3;",
         PLAIN,
         CONFLICTS,
     ),
