@@ -25,14 +25,17 @@ from .loops import product_loops
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-#: Head dims of each pass, and of the backward with other tiles where there is less shared memory.
+#: Head dims of each pass, and of the backward with other tiles where there is less shared memory;
+#: widths of the feed-forward block.
 PASSES = {
     ("forward", False): (32, 64, 96, 128, 256),
     ("backward", False): (32, 64, 96, 128),
     ("backward", True): (96, 128),
+    ("feed-forward", False): (64, 128, 256),
 }
 ELEMENTS = {"bf16": "Bfloat16", "fp16": "Half"}
-#: Scores on sm_80 in bf16 without dropout: at most these. A backward pass has five products.
+#: Scores on sm_80 in bf16 without dropout: at most these. A backward pass has five products. The
+#: feed-forward block has the activation relu: others are bound by their arithmetic.
 GOALS = {
     ("forward", 32): 2.50,
     ("forward", 64): 1.50,
@@ -43,6 +46,8 @@ GOALS = {
     ("backward", 64): 1.60,
     ("backward", 96): 1.57,
     ("backward", 128): 1.45,
+    ("feed-forward", 128): 1.20,
+    ("feed-forward", 256): 1.20,
 }
 #: The same of flash-attention 2, in the binary that torch 2.14.1 holds: measured once, not here.
 FLASH_ATTENTION_2 = {
@@ -64,22 +69,36 @@ class Kernel:
     """One instantiation."""
 
     which: str
-    head_dim: int
+    head_dim: int  # or the width
     dtype: str
     dropout: bool
     small: bool = False  # with the tiles for GPUs that have little shared memory
 
     @property
     def source(self) -> str:
+        if self.which == "feed-forward":
+            config = f"FeedForwardConfig<{ELEMENTS[self.dtype]}, {self.head_dim}>"
+            return self._source(
+                "feed_forward/forward_kernel.h",
+                f"feed_forward_forward_kernel<{config}, Activation::kRelu, {self._flag}>",
+                "FeedForwardParams",
+            )
         params = {"forward": "AttentionParams", "backward": "AttentionGradientParams"}[self.which]
         name = f"{'Small' * self.small}{self.which.title()}Config"
         config = f"{name}<{ELEMENTS[self.dtype]}, {self.head_dim}>"
-        flag = str(self.dropout).lower()
+        kernel = f"attention_{self.which}_kernel<{config}, {self._flag}>"
+        return self._source(f"attention/{self.which}_kernel.h", kernel, params)
+
+    @property
+    def _flag(self) -> str:
+        return str(self.dropout).lower()
+
+    @staticmethod
+    def _source(header: str, kernel: str, params: str) -> str:
         return (
-            f'#include "attention/{self.which}_kernel.h"\n'
+            f'#include "{header}"\n'
             "namespace fuseformer {\n"
-            f"template __global__ void attention_{self.which}_kernel<{config}, {flag}>"
-            f"(const {params});\n"
+            f"template __global__ void {kernel}(const {params});\n"
             "}\n"
         )
 

@@ -56,12 +56,6 @@ struct LaneAddresses {
            column_step / Layout::kPhases * Layout::kPhases * 32;
   }
 
-  // Points to the tile `bytes` behind.
-  FUSEFORMER_DEVICE void move(int bytes) {
-    FUSEFORMER_UNROLL
-    for (int i = 0; i < Layout::kPhases; ++i) phase[i] += bytes;
-  }
-
   // Has the other phases computed from the first one in every step of a loop, where the registers
   // that would keep them are needed. Steps that are added to a smaller first one without a carry
   // are an exclusive or.
@@ -114,9 +108,9 @@ struct TileCopy {
     }
   }
 
-  // The same if `wanted`, without a branch.
+  // The same if `wanted`, without a branch, for a source that `start` has been added to: a pointer
+  // that a loop moves on.
   FUSEFORMER_DEVICE void begin_if(SharedAddress tile, const char* source, bool wanted) const {
-    source += start;
     FUSEFORMER_UNROLL
     for (int pass = 0; pass < kPasses; ++pass, source += step) {
       FUSEFORMER_UNROLL

@@ -17,7 +17,8 @@ void run_feed_forward_forward(const FeedForwardArguments& a, Stream stream) {
   params.tokens = static_cast<int>(tokens);
   params.hidden = static_cast<int>(hidden);
   params.x = matrix(a.x, a.x, {tokens, width});
-  params.w1 = matrix(a.w1, a.x, {hidden, width});
+  params.w1 = matrix(a.w1, a.x, {hidden, width}).data;
+  require_contiguous(a.w1);
   params.w2 = matrix(a.w2, a.x, {width, hidden});
   params.y = matrix(a.y, a.x, {tokens, width});
   params.b1 = bias(a.b1, a.x, hidden);

@@ -7,9 +7,9 @@
 
 namespace fuseformer {
 
-// x and y are (tokens, width), w1 (hidden, width), w2 (width, hidden), b1 (hidden,) and b2 (width,)
-// or not given. `activation` is "relu", "gelu", "gelu_tanh" or "silu". Dropout of the hidden units
-// is on where `seed` is given.
+// x and y are (tokens, width), w1 (hidden, width) and contiguous, w2 (width, hidden), b1 (hidden,)
+// and b2 (width,) or not given. `activation` is "relu", "gelu", "gelu_tanh" or "silu". Dropout of
+// the hidden units is on where `seed` is given.
 struct FeedForwardArguments {
   TensorView x, w1, b1, w2, b2, y;
   TensorView seed;

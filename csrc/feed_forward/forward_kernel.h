@@ -24,10 +24,13 @@ struct FeedForwardWarp {
   LaneAddresses<Traits::kWidth> w1_addresses;
   LaneAddresses<Traits::kBlockH> w2_addresses;
 
-  // hidden += x @ w1.T
-  FUSEFORMER_DEVICE void multiply_tokens(float (&hidden)[kRowTiles][kHiddenTiles][4]) const {
+  // hidden += x @ w1.T, with a call of `between` before each sixteen of the width.
+  template <typename Between>
+  FUSEFORMER_DEVICE void multiply_tokens(float (&hidden)[kRowTiles][kHiddenTiles][4],
+                                         const Between& between) const {
     FUSEFORMER_UNROLL
     for (int step = 0; step < kWidthSteps; ++step) {
+      between(step);
       FUSEFORMER_UNROLL
       for (int pair = 0; pair < kHiddenTiles / 2; ++pair) {
         uint32_t b[4];
@@ -77,12 +80,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int block_row = blockIdx.x * kBlockM;
   const int thread = threadIdx.x, lane = thread % 32, warp_row = thread / 32 * Warp::kRowTiles * 16;
   const int lane_row = block_row + warp_row + lane / 4, lane_column = lane % 4 * 2;
-  const char* w1_rows = static_cast<const char*>(params.w1.data);
+  const char* w1_rows = static_cast<const char*>(params.w1);
   const char* w2_rows = static_cast<const char*>(params.w2.data);
   const char* b1 = static_cast<const char*>(params.b1);
-  const TileCopy<kWidth, kBlockH, kThreads> w1_copy(thread, params.w1.row_stride);
+  const TileCopy<kWidth, kBlockH, kThreads> w1_copy(thread, kWidth);
   const TileCopy<kBlockH, kWidth, kThreads> w2_copy(thread, params.w2.row_stride);
-  const int64_t w1_step = 2 * kBlockH * params.w1.row_stride;
+  constexpr int kW1Step = 2 * kBlockH * kWidth;
 
   const SharedAddress weights = shared_address(dynamic_shared());
   const SharedAddress biases = weights + Traits::kTileBytes;
@@ -99,7 +102,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   x_copy.begin_bounded(tokens, x_rows, params.tokens - block_row);
   if (last >= 0) {
     const int units = params.hidden - last * kBlockH;
-    w1_copy.begin_bounded(weights, w1_rows + last * w1_step, units);
+    w1_copy.begin_bounded(weights, w1_rows + int64_t{last} * kW1Step, units);
     w2_copy.begin_narrow(weights + Traits::kWeightBytes, w2_rows + 2 * last * kBlockH, units);
     // A thread copies eight numbers of b1; without one there are zeros in both stages.
     if (thread < kBlockH / 8) {
@@ -134,48 +137,47 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
 
-  // Where this step's weights lie, and behind them, or before, the next one's.
-  SharedAddress stage = weights;
-  int turn = Traits::kStageBytes;
-  const bool copies_bias = thread < kBlockH / 8 && b1 != nullptr;
-  w1_rows += (last - 1) * w1_step;
-  w2_rows += 2 * (last - 1) * kBlockH;
-  b1 += 2 * (last - 1) * kBlockH + 16 * thread;
-  const unsigned char* bias = dynamic_shared() + Traits::kTileBytes + 2 * lane_column;
+  // Where the copies of the next step begin.
+  const char* w1_next = w1_rows + int64_t{last - 1} * kW1Step + w1_copy.start;
+  const char* w2_next = w2_rows + 2 * (last - 1) * kBlockH + w2_copy.start;
+  int stage = 0;
   const auto take = [&](auto ragged, int step) {
     // Everyone has left the last step: what it read may be overwritten, this step's copies are in.
     copy_async_wait<0>();
     block_barrier();
-    const bool more = step > 0;
-    const int bias_turn = turn / (Traits::kStageBytes / Traits::kBiasBytes);
-    w1_copy.begin_if(stage + turn, w1_rows, more);
-    w2_copy.begin_if(stage + turn + Traits::kWeightBytes, w2_rows, more);
-    copy_async_16_if(shared_address(bias - 2 * lane_column) + bias_turn + 16 * thread, b1,
-                     more && copies_bias);
-    copy_async_commit();
-    w1_rows -= w1_step;
-    w2_rows -= 2 * kBlockH;
-    b1 -= 2 * kBlockH;
-    float hidden[Warp::kRowTiles][Warp::kHiddenTiles][4];
+    const auto copy_next = [&] {
+      const bool more = step > 0;
+      const SharedAddress other = weights + (stage ^ 1) * Traits::kStageBytes;
+      w1_copy.begin_if(other, w1_next, more);
+      w2_copy.begin_if(other + Traits::kWeightBytes, w2_next, more);
+      copy_async_16_if(biases + (stage ^ 1) * Traits::kBiasBytes + 16 * thread,
+                       b1 + 2 * (step - 1) * kBlockH + 16 * thread,
+                       more && b1 != nullptr && thread < kBlockH / 8);
+      copy_async_commit();
+      w1_next -= kW1Step;
+      w2_next -= 2 * kBlockH;
+    };
+    float hidden[Warp::kRowTiles][Warp::kHiddenTiles][4] = {};
+    warp.w1_addresses.compute_phases_again();
+    warp.w2_addresses.compute_phases_again();
+    // The addresses of the copies are computed while products run: hence not before the first ones.
+    warp.multiply_tokens(hidden, [&](int width_step) {
+      if (width_step == 2) copy_next();
+    });
+    const unsigned char* bias =
+        dynamic_shared() + Traits::kTileBytes + stage * Traits::kBiasBytes + 2 * lane_column;
     FUSEFORMER_UNROLL
     for (int i = 0; i < Warp::kHiddenTiles; ++i) {
       const uint32_t pair = *reinterpret_cast<const uint32_t*>(bias + 16 * i);
+      const float b1_values[2] = {unpack<Element>(pair, 0), unpack<Element>(pair, 1)};
+      // Units that do not exist have the activation of 0, or NaN where a token is infinite.
+      const bool exists = !decltype(ragged)::value || step * kBlockH + 8 * i < params.hidden;
       FUSEFORMER_UNROLL
       for (int tile = 0; tile < Warp::kRowTiles; ++tile) {
         FUSEFORMER_UNROLL
-        for (int j = 0; j < 4; ++j) hidden[tile][i][j] = unpack<Element>(pair, j % 2);
-      }
-    }
-    warp.multiply_tokens(hidden);
-    FUSEFORMER_UNROLL
-    for (int tile = 0; tile < Warp::kRowTiles; ++tile) {
-      FUSEFORMER_UNROLL
-      for (int i = 0; i < Warp::kHiddenTiles; ++i) {
-        // Units that do not exist have the activation of 0, or NaN where a token is infinite.
-        const bool exists = !decltype(ragged)::value || step * kBlockH + 8 * i < params.hidden;
-        FUSEFORMER_UNROLL
         for (int j = 0; j < 4; ++j) {
-          hidden[tile][i][j] = exists ? activate<kActivation>(hidden[tile][i][j]) : 0.0f;
+          const float value = hidden[tile][i][j] + b1_values[j % 2];
+          hidden[tile][i][j] = exists ? activate<kActivation>(value) : 0.0f;
         }
       }
     }
@@ -183,18 +185,17 @@ __global__ void __launch_bounds__(Traits::kThreads)
       drop_units(hidden, seed, lane_row, step * kBlockH + lane_column, params.dropout_threshold);
     }
     warp.multiply_hidden(hidden);
-    stage += turn;
-    bias += bias_turn;
-    warp.w1_addresses.move(turn);
-    warp.w2_addresses.move(turn);
-    turn = -turn;
+    const int turn = stage == 0 ? Traits::kStageBytes : -Traits::kStageBytes;
+    warp.w1_addresses.phase[0] += turn;
+    warp.w2_addresses.phase[0] += turn;
+    stage ^= 1;
   };
   int step = last;
   if (params.hidden % kBlockH != 0) take(Constant<true>(), step--);
   for (; step >= 0; --step) take(Constant<false>(), step);
 
-  // Dropout's factor is common to all summands of an output. Each warp writes its own rows, where
-  // others may still read weights before the barrier.
+  // Dropout's factor is common to all summands of an output. Each warp writes its own rows, over
+  // weights that others read up to the barrier.
   const float factor = kDropout ? params.dropout_scale : 1.0f;
   copy_async_wait<0>();
   block_barrier();

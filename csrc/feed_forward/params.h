@@ -16,7 +16,7 @@ struct RowTensor {
 
 struct FeedForwardParams {
   RowTensor x;     // (tokens, width)
-  RowTensor w1;    // (hidden, width)
+  const void* w1;  // (hidden, width), contiguous
   RowTensor w2;    // (width, hidden)
   RowTensor y;     // like x
   const void* b1;  // (hidden,), or null

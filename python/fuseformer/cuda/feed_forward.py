@@ -51,7 +51,7 @@ def feed_forward_forward(
     if not saves_pre(x.shape[1], w2.shape[0], x.dtype):
         y = x.new_empty(x.shape)
         library.ops().feed_forward_forward(
-            x, w1, b1, aligned(w2), b2, y, drops, activation, threshold, factor
+            x, w1.contiguous(), b1, aligned(w2), b2, y, drops, activation, threshold, factor
         )
         return y, x.new_empty(0)
     act = x.new_empty(x.shape[0], w1.shape[0])
