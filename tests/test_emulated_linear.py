@@ -89,6 +89,13 @@ def test_values_that_are_not_finite_stay_where_they_are(plain):
         assert y[4].isnan().all()
 
 
+def test_no_columns_leave_the_bias(shadow):
+    x, w, bias = (torch.ones(*s, dtype=BF16) for s in ((128, 0), (256, 0), (256,)))
+    act = torch.empty(128, 256, dtype=BF16)
+    shadow.ops.linear_activation(x, w, bias, act, None, None, "relu", 0, 1.0)
+    assert (act == 1).all()
+
+
 def test_the_public_op(plain):
     torch.manual_seed(0)
     x, w1, w2 = (torch.randn(*s).to(BF16) for s in ((3, 7, 16), (24, 16), (16, 24)))

@@ -136,6 +136,23 @@ def test_the_record_and_the_tables(installation):
     assert import_alone.strip() == "80"
 
 
+def test_a_build_beside_the_sources_leaves_its_record_there(installation, tmp_path):
+    """What an editable install does; in a copy, which finds the objects."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build.json", "*.egg-info")
+    for name in ("csrc", "kernels", "python", "build/extension"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    environment = os.environ | {"FUSEFORMER_BUILD": "cuda", "FUSEFORMER_ARCHS": "80"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    package = tmp_path / "python/fuseformer"
+    assert json.loads((package / "_build.json").read_text())["architectures"] == ["80"]
+    code = "from fuseformer.cuda import library; print(library.refusal(90))"
+    said = run(sys.executable, "-c", code, PYTHONPATH=str(tmp_path / "python"))
+    assert said.stdout.strip() == "the CUDA C++ kernels were compiled for 80, not for sm_90"
+
+
 def test_an_unchanged_build_compiles_nothing(installation, tmp_path):
     objects = {p: p.stat().st_mtime_ns for p in (ROOT / "build/extension").glob("*.o")}
     assert build_into(tmp_path).returncode == 0
@@ -147,6 +164,10 @@ def test_an_unchanged_build_compiles_nothing(installation, tmp_path):
     [
         ({"FUSEFORMER_BUILD": "fast"}, "FUSEFORMER_BUILD: got 'fast', expected auto, none or cuda"),
         ({"FUSEFORMER_ARCHS": "80,75"}, "FUSEFORMER_ARCHS: got '75', expected some of 80, "),
+        (
+            {"FUSEFORMER_BUILD": "auto", "FUSEFORMER_ARCHS": "sm_80"},
+            "FUSEFORMER_ARCHS: got 'sm_80'",
+        ),
         ({"CXX": "", "PATH": "/nowhere"}, "no C++ compiler was found: install g++"),
     ],
 )

@@ -388,3 +388,23 @@ def test_second_derivatives_of_self_attention_count_a_shared_input_once():
 
     plain = penalty(plain_attention)
     torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("op", ["attention", "varlen_attention", "decode_attention"])
+def test_compiles_with_a_scale_that_changes(op):
+    """The second value makes it a symbol of the compiled graph."""
+    torch._dynamo.reset()
+    q = torch.randn(2, 2, 4, 8)
+    offsets, lengths = (torch.tensor(n, dtype=torch.int32) for n in ([0, 3, 4], [4, 2]))
+
+    def call(q, scale):
+        if op == "varlen_attention":
+            q = q[0].transpose(0, 1)
+            return ff.varlen_attention(q, q, q, offsets, offsets, 3, 3, scale=scale)
+        if op == "decode_attention":
+            return ff.decode_attention(q, q, q, lengths, scale=scale)
+        return ff.attention(q, q, q, scale=scale)
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for scale in (0.1, 0.2, 0.3):
+        assert torch.allclose(compiled(q, scale), call(q, scale), atol=1e-6)

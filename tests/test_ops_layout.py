@@ -50,3 +50,18 @@ def test_a_broken_promise_is_seen(monkeypatch):
     q = torch.randn(1, 2, 5, 8)
     with FakesAgree(), pytest.raises(AssertionError, match="attention"):
         ff.attention(q, q, q)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_feed_forward_of_a_matrix_that_lies_in_columns(gated):
+    x, w, down = torch.randn(16, 6).T, torch.randn(24, 16), torch.randn(16, 24)
+    leaves = [t.detach().requires_grad_() for t in (x, w, down)]
+    agree = FakesAgree()
+    with agree:
+        x, w, down = leaves
+        if gated:
+            y = ff.gated_feed_forward(x, w, w, down)
+        else:
+            y = ff.feed_forward(x, w, None, down, None)
+        torch.autograd.grad(y.sum(), leaves)
+    assert len(agree.seen) == 2
