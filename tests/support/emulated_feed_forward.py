@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from emulated import EmulatorError, with_lines
+from emulated import Ops
 from torch import Tensor
 
 from fuseformer import reference
@@ -13,11 +13,16 @@ from fuseformer.testing import assert_close_to_reference
 
 
 class FeedForward:
-    """The forward pass on the CPU, by an emulator that was built in some mode."""
+    """The resident forward pass on the CPU, by an emulator that was built in some mode."""
 
     def __init__(self, emulator: ModuleType) -> None:
         self.emulator = emulator
-        self.counters: dict[str, int] = {}  # of the last launch
+        self.ops = Ops(emulator)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What the last launch did."""
+        return self.ops.counters
 
     def __call__(
         self,
@@ -36,37 +41,9 @@ class FeedForward:
         # NaN is seen as what nobody has written, here and in what comes back.
         y = torch.full_like(x, torch.nan) if y is None else y
         tensors = (x, w1, b1, w2, b2, y, seed if dropout_p > 0 else None)
-        self.emulator.report()
-        try:
-            addresses: dict[int, int] = {}
-            places = [self._place(t, addresses, t is y) for t in tensors]
-            self.emulator.feed_forward_forward(
-                *places, activation, dropout_threshold(dropout_p), dropout_scale(dropout_p)
-            )
-            storage = y.untyped_storage()
-            if storage.nbytes():
-                self.emulator.copy(storage.data_ptr(), addresses[storage._cdata], storage.nbytes())
-            report = self.emulator.report()
-        finally:
-            self.emulator.release_all()
-        self.counters = report["counters"]
-        if report["errors"]:
-            raise EmulatorError(with_lines(report["errors"], self.emulator.__file__))
+        dropout = (dropout_threshold(dropout_p), dropout_scale(dropout_p))
+        self.ops.feed_forward_forward(*tensors, activation, *dropout)
         return y
-
-    def _place(
-        self, x: Tensor | None, addresses: dict[int, int], written: bool
-    ) -> tuple[object, ...] | None:
-        if x is None:
-            return None
-        storage = x.untyped_storage()
-        if storage._cdata not in addresses:
-            # A result's memory is unwritten, unless there is something around it to be kept.
-            fresh = written and storage.nbytes() == x.nbytes
-            source = 0 if fresh else storage.data_ptr()
-            addresses[storage._cdata] = self.emulator.allocate(max(storage.nbytes(), 1), source)
-        start = addresses[storage._cdata] + x.storage_offset() * x.element_size()
-        return start, list(x.shape), list(x.stride()), str(x.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
