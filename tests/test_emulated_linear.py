@@ -1,13 +1,11 @@
 """Feed-forward in the epilogue regime by CUDA C++ kernels, executed on the CPU from what ships."""
 
-import shutil
-
 import pytest
 import torch
 from block_checks import FeedForwardCase as Case
 from block_checks import check_feed_forward, check_feed_forward_dropout
 from emulated import EmulatorError, Kernels
-from emulator_build import SOURCES, build_feed_forward
+from emulator_build import build_feed_forward, build_planted
 
 import fuseformer as ff
 
@@ -274,17 +272,8 @@ BUGS = {
 
 
 def planted(folder, file=LINEAR, correct="", wrong=""):
-    """Return the kernels with a text replaced, every access being checked."""
-    copy = folder / "csrc"
-    shutil.copytree(SOURCES, copy)
-    source = (copy / file).read_text()
-    assert correct in source, f"{file} has changed: plant the bug anew"
-    (copy / file).write_text(source.replace(correct, wrong) if correct else source)
-    unit = folder / "kernels.cpp"
-    unit.write_text(KERNELS)
-    kernels = Kernels(build_feed_forward("shadow", unit, sources=copy))
-    kernels.emulator.set_options(True, 1, "late", "exact", 80)
-    return kernels
+    """Return the kernels with a text replaced in one file, every access being checked."""
+    return Kernels(build_planted(build_feed_forward, KERNELS, folder, file, correct, wrong))
 
 
 @pytest.mark.parametrize("name", BUGS)

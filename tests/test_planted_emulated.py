@@ -1,12 +1,10 @@
 """Bugs planted in the CUDA C++ kernels must be caught by the checks of the real ones."""
 
-import shutil
-
 import pytest
 import torch
 from attention_checks import Case, check_dense
 from emulated import EmulatorError, Kernels
-from emulator_build import SOURCES, build
+from emulator_build import build, build_planted
 
 BF16 = torch.bfloat16
 
@@ -272,16 +270,7 @@ BUGS = {
 
 def planted(folder, file="attention/mask.h", correct="", wrong=""):
     """Return the kernels with a text replaced in one file, every access being checked."""
-    copy = folder / "csrc"
-    shutil.copytree(SOURCES, copy)
-    source = (copy / file).read_text()
-    assert correct in source, f"{file} has changed: plant the bug anew"
-    (copy / file).write_text(source.replace(correct, wrong) if correct else source)
-    unit = folder / "kernels.cpp"
-    unit.write_text(KERNELS)
-    kernels = Kernels(build("shadow", unit, sources=copy))
-    kernels.emulator.set_options(True, 1, "late", "exact", 80)
-    return kernels
+    return Kernels(build_planted(build, KERNELS, folder, file, correct, wrong))
 
 
 def run(kernels, case):

@@ -1,12 +1,10 @@
 """Bugs planted in the CUDA C++ decode kernels must be caught by the checks of the real ones."""
 
-import shutil
-
 import pytest
 import torch
 from decode_checks import Case, check_decode
 from emulated import EmulatorError, Kernels
-from emulator_build import SOURCES, build
+from emulator_build import build, build_planted
 
 BF16 = torch.bfloat16
 FILE = "attention/decode_kernel.h"
@@ -136,17 +134,8 @@ BUGS = {
 
 
 def planted(folder, correct="", wrong=""):
-    """Return the kernels with a text replaced, every access being checked."""
-    copy = folder / "csrc"
-    shutil.copytree(SOURCES, copy)
-    source = (copy / FILE).read_text()
-    assert correct in source, f"{FILE} has changed: plant the bug anew"
-    (copy / FILE).write_text(source.replace(correct, wrong) if correct else source)
-    unit = folder / "kernels.cpp"
-    unit.write_text(KERNELS)
-    kernels = Kernels(build("shadow", unit, sources=copy))
-    kernels.emulator.set_options(True, 1, "late", "exact", 80)
-    return kernels
+    """Return the kernels with a text replaced in one file, every access being checked."""
+    return Kernels(build_planted(build, KERNELS, folder, FILE, correct, wrong))
 
 
 @pytest.mark.parametrize("name", BUGS)

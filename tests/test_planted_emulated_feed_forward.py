@@ -1,19 +1,27 @@
 """Bugs planted in the CUDA C++ feed-forward kernels must be caught by their checks."""
 
-import shutil
-
 import pytest
 import torch
 from emulated import EmulatorError
-from emulated_feed_forward import Case, FeedForward, build_feed_forward, check
-from emulator_build import SOURCES
+from emulated_feed_forward import Case, FeedForward, check
+from emulator_build import build_feed_forward, build_planted
 
 BF16 = torch.bfloat16
 
 # One width and two activations: what is planted is compiled for each bug.
 KERNELS = """
 #include "feed_forward/launch.h"
+#include "feed_forward/linear_launch.h"
 namespace fuseformer {
+#define NOT_BUILT(function, Params)                                           \\
+  template <>                                                                 \\
+  const char* function(const Params&, Stream) {                               \\
+    return "not built";                                                       \\
+  }
+NOT_BUILT(linear_activation<Half>, LinearParams)
+NOT_BUILT(linear_activation<Bfloat16>, LinearParams)
+NOT_BUILT(activation_gradient<Half>, ActivationGradientParams)
+NOT_BUILT(activation_gradient<Bfloat16>, ActivationGradientParams)
 template <>
 const char* feed_forward_forward<Bfloat16>(const FeedForwardParams& params, int,
                                            Activation activation, Stream stream) {
@@ -191,7 +199,7 @@ BUGS = {
         WRONG,
     ),
     "dropout takes the words of the next hidden units": (
-        KERNEL,
+        "feed_forward/dropout.h",
         "row + 16 * tile, unit + 32 * patch + j",
         "row + 16 * tile, unit + 32 * patch + 32 + j",
         DROPOUT,
@@ -209,16 +217,7 @@ BUGS = {
 
 def planted(folder, file=KERNEL, correct="", wrong=""):
     """Return the kernels with a text replaced in one file, every access being checked."""
-    copy = folder / "csrc"
-    shutil.copytree(SOURCES, copy)
-    source = (copy / file).read_text()
-    assert correct in source, f"{file} has changed: plant the bug anew"
-    (copy / file).write_text(source.replace(correct, wrong) if correct else source)
-    unit = folder / "kernels.cpp"
-    unit.write_text(KERNELS)
-    kernels = FeedForward(build_feed_forward("shadow", unit, copy))
-    kernels.emulator.set_options(True, 1, "late", "exact", 80)
-    return kernels
+    return FeedForward(build_planted(build_feed_forward, KERNELS, folder, file, correct, wrong))
 
 
 @pytest.mark.parametrize("name", BUGS)

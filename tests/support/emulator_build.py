@@ -11,7 +11,7 @@ import importlib.util
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -130,3 +130,26 @@ def build_feed_forward(
         host=("feed_forward/feed_forward.cpp", "feed_forward/linear.cpp"),
         sources=sources,
     )
+
+
+def build_planted(
+    make: Callable[..., ModuleType],
+    unit: str,
+    folder: Path,
+    file: str,
+    correct: str = "",
+    wrong: str = "",
+) -> ModuleType:
+    """Return a checked build, by `make`, of the kernels of `unit` with a text replaced in one file.
+
+    Fails where the text is no longer there; without one nothing is replaced. `folder` is a new one.
+    """
+    copy, kernels = folder / "csrc", folder / "kernels.cpp"
+    shutil.copytree(SOURCES, copy)
+    source = (copy / file).read_text()
+    assert correct in source, f"{file} has changed: plant the bug anew"
+    (copy / file).write_text(source.replace(correct, wrong) if correct else source)
+    kernels.write_text(unit)
+    module = make("shadow", kernels, sources=copy)
+    module.set_options(True, 1, "late", "exact", 80)
+    return module
