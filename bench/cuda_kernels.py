@@ -26,12 +26,13 @@ from .loops import product_loops
 SOURCES = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 #: Head dims of each pass, and of the backward with other tiles where there is less shared memory;
-#: widths of the feed-forward block.
+#: widths of the feed-forward block, and of the tiles of a product that ends in the activation.
 PASSES = {
     ("forward", False): (32, 64, 96, 128, 256),
     ("backward", False): (32, 64, 96, 128),
     ("backward", True): (96, 128),
     ("feed-forward", False): (64, 128, 256),
+    ("linear", False): (128,),
 }
 ELEMENTS = {"bf16": "Bfloat16", "fp16": "Half"}
 #: Scores on sm_80 in bf16 without dropout: at most these. A backward pass has five products. The
@@ -48,6 +49,7 @@ GOALS = {
     ("backward", 128): 1.45,
     ("feed-forward", 128): 1.20,
     ("feed-forward", 256): 1.20,
+    ("linear", 128): 1.15,
 }
 #: The same of flash-attention 2, in the binary that torch 2.14.1 holds: measured once, not here.
 FLASH_ATTENTION_2 = {
@@ -69,7 +71,7 @@ class Kernel:
     """One instantiation."""
 
     which: str
-    head_dim: int  # or the width
+    head_dim: int  # or the width, or the rows of a tile
     dtype: str
     dropout: bool
     small: bool = False  # with the tiles for GPUs that have little shared memory
@@ -83,6 +85,10 @@ class Kernel:
                 f"feed_forward_forward_kernel<{config}, Activation::kRelu, {self._flag}>",
                 "FeedForwardParams",
             )
+        if self.which == "linear":
+            traits = f"LinearTraits<{ELEMENTS[self.dtype]}>"
+            kernel = f"linear_kernel<{traits}, {self._flag}>"
+            return self._source("feed_forward/linear_kernel.h", kernel, "LinearParams")
         params = {"forward": "AttentionParams", "backward": "AttentionGradientParams"}[self.which]
         name = f"{'Small' * self.small}{self.which.title()}Config"
         config = f"{name}<{ELEMENTS[self.dtype]}, {self.head_dim}>"
