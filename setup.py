@@ -110,9 +110,10 @@ def cuda_home():
 
 def compiler():
     """Return the C++ compiler."""
-    found = os.environ.get("CXX") or shutil.which("g++")
-    if not found:
-        raise Missing("no C++ compiler was found: install g++, or name one in CXX")
+    named = os.environ.get("CXX") or "g++"
+    found = shutil.which(named)
+    if found is None:
+        raise Missing(f"no C++ compiler {named!r} was found: install g++, or name one in CXX")
     return found
 
 
@@ -137,6 +138,23 @@ def run(command):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ).stdout
+
+
+def jobs():
+    """Return how many compilers may run at once. Raises `SystemExit` for no number."""
+    asked = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
+    if not asked.isdecimal() or int(asked) < 1:
+        raise SystemExit(f"MAX_JOBS: got {asked!r}, expected a number of compilers, 1 or more")
+    return int(asked)
+
+
+def build_step(what, command):
+    """Run a compiler or linker and return what it said. Raises `SystemExit`, having shown that."""
+    try:
+        return run(command)
+    except subprocess.CalledProcessError as error:
+        print(error.stdout, file=sys.stderr)
+        raise SystemExit(f"fuseformer: {what} failed") from error
 
 
 def decide():
@@ -187,14 +205,11 @@ def compiled(source, command):
     target = CACHE / f"{key}-{path.stem}.o"
     log = target.with_suffix(".log")
     if not log.exists():
-        part = target.with_suffix(f".{os.getpid()}.part")
-        try:
-            said = run([*command, "-c", path, "-o", part])
-        except subprocess.CalledProcessError as error:
-            print(error.stdout, file=sys.stderr)
-            raise SystemExit(f"fuseformer: {source} does not compile") from error
+        # What is interrupted leaves parts, which nobody takes for the whole.
+        part, said = (target.with_suffix(f".{os.getpid()}.{kind}") for kind in ("part", "said"))
+        said.write_text(build_step(f"compiling {source}", [*command, "-c", path, "-o", part]))
         part.replace(target)
-        log.write_text(said)
+        said.replace(log)
     return target, log.read_text()
 
 
@@ -233,7 +248,6 @@ class BuildExtension(build_ext):
             return
         CACHE.mkdir(parents=True, exist_ok=True)
         home, archs = FOUND["cuda_home"], FOUND["archs"]
-        jobs = int(os.environ.get("MAX_JOBS") or min(os.cpu_count() or 1, 8))
         common = ["-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DFUSEFORMER_CUDA", TARGET]
         includes = [FOUND["torch_include"], sysconfig.get_path("include"), home / "include"]
         host = [FOUND["cxx"], *common, *(f"-I{path}" for path in includes)]
@@ -247,17 +261,15 @@ class BuildExtension(build_ext):
         device += ["-Xptxas", "-v"]
         work = [(name, device) for name in KERNEL_SOURCES] + [(name, host) for name in HOST_SOURCES]
         print(f"fuseformer: {len(work)} sources for {', '.join(archs)}", file=sys.stderr)
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(jobs()) as pool:
             made = list(pool.map(lambda item: compiled(*item), work))
 
         # The library only has to say that it needs libtorch, which is loaded by then.
         stub = CACHE / "stub"
         stub.mkdir(exist_ok=True)
         (stub / "empty.cpp").write_text("")
-        run(
-            [FOUND["cxx"], "-shared", "-Wl,-soname,libtorch.so", stub / "empty.cpp"]
-            + ["-o", stub / "libtorch.so"]
-        )
+        stubbed = [FOUND["cxx"], "-shared", "-Wl,-soname,libtorch.so", stub / "empty.cpp"]
+        build_step("linking", [*stubbed, "-o", stub / "libtorch.so"])
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = next(
@@ -266,7 +278,8 @@ class BuildExtension(build_ext):
         command = [FOUND["cxx"], "-shared", *(path for path, _ in made)]
         command += [f"-L{stub}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
         command += [f"-L{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        run([*command, "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined-version", "-s", "-o", target])
+        command += ["-Wl,--exclude-libs,ALL", "-Wl,--no-undefined-version", "-s"]
+        build_step("linking", [*command, "-o", target])
         record(target.parent, [row for _, log in made for row in resources(log)])
 
     def copy_extensions_to_source(self):

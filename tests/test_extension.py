@@ -130,6 +130,20 @@ def test_the_record_and_the_tables(installation):
     assert int(row[6]) <= 255
     info = python(installation, "import fuseformer.cli as c; c.main(['info'])")
     assert "CUDA C++     built with CUDA 13.0 for 80" in info
+    # What Python says that there is, there is.
+    tiles = python(
+        installation,
+        "from fuseformer import _host\n"
+        "from fuseformer.cuda import attention, decode\n"
+        "dims = lambda name: tuple(t['head_dim'] for t in tiles if t['pass'] == name)\n"
+        "tiles = _host.attention_tiles()\n"
+        "assert dims('forward') == dims('decode') == attention.HEAD_DIMS\n"
+        "assert dims('backward') == attention.BACKWARD_HEAD_DIMS\n"
+        "widest = [t for t in tiles if t['pass'] == 'decode'][0]\n"
+        "assert (widest['block_m'], widest['block_n']) == (decode._ROWS, decode._STEP)\n"
+        "print(len(tiles))\n",
+    )
+    assert tiles.strip() == "16"
     import_alone = python(
         installation, "from fuseformer import _host; print(_host.architectures())"
     )
@@ -168,7 +182,9 @@ def test_an_unchanged_build_compiles_nothing(installation, tmp_path):
             {"FUSEFORMER_BUILD": "auto", "FUSEFORMER_ARCHS": "sm_80"},
             "FUSEFORMER_ARCHS: got 'sm_80'",
         ),
-        ({"CXX": "", "PATH": "/nowhere"}, "no C++ compiler was found: install g++"),
+        ({"CXX": "", "PATH": "/nowhere"}, "no C++ compiler 'g++' was found: install g++"),
+        ({"CXX": "ccache g++"}, "no C++ compiler 'ccache g++' was found"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS: got 'many', expected a number of compilers"),
     ],
 )
 def test_what_is_missing_is_said_with_the_remedy(changes, said, tmp_path):

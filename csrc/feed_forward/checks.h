@@ -41,7 +41,7 @@ inline Activation activation_of(const std::string& name) {
                               "', expected relu, gelu, gelu_tanh or silu");
 }
 
-// Sets what both kernels are told of dropout.
+// Sets what a kernel is told of dropout.
 template <typename Params, typename Arguments>
 void give_dropout(Params& params, const Arguments& a, const TensorView& like) {
   if (!a.seed.given) return;

@@ -10,7 +10,7 @@
 namespace fuseformer {
 
 constexpr int kGradientThreads = 128;
-constexpr int kGradientUnits = 64;  // of a block: a warp takes eight tokens by sixty-four units
+constexpr int kGradientUnits = 64;  // of a block
 
 // Replaces dact by the gradient before the activation, and pre by the activation after dropout.
 //

@@ -4,6 +4,7 @@
 #include "linear_entry.h"
 
 namespace fuseformer {
+
 void run_linear_activation(const LinearArguments& a, Stream stream) {
   require_matrix(a.x);
   require_matrix(a.w);

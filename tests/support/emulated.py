@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -135,15 +136,13 @@ class Kernels:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Let the backend "cuda" serve CPU tensors meanwhile."""
-        whole = library.ops
-        library.ops = lambda: self.ops  # type: ignore[assignment]
-        backends.CUDA_DEVICES.add("cpu")
-        try:
-            with _uninitialised_memory_is_nan():
-                yield
-        finally:
-            library.ops = whole  # type: ignore[assignment]
-            backends.CUDA_DEVICES.discard("cpu")
+        served = backends.CUDA_DEVICES | {"cpu"}
+        with (
+            mock.patch.object(library, "ops", return_value=self.ops),
+            mock.patch.object(backends, "CUDA_DEVICES", served),
+            _uninitialised_memory_is_nan(),
+        ):
+            yield
 
     def __getattr__(self, name: str) -> Any:
         modules = (attention, decode, feed_forward)
