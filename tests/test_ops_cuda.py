@@ -84,7 +84,11 @@ def test_rows_that_are_not_aligned_are_copied(kernels):
     odd = torch.randn(1, 2, 21, 33).to(BF16)[..., 1:]
     shifted = torch.randn(1 + 1 * 2 * 21 * 32).to(BF16)[1:].view(1, 2, 21, 32)
     expanded = torch.randn(1, 1, 21, 32).to(BF16).expand(1, 2, 21, 32)
-    check(lambda q, k, v, backend: ff.attention(q, k, v, backend=backend), [odd, shifted, expanded])
+    wide = torch.randn(1, 2, 21, 33).to(BF16)[..., :32]  # begins aligned, its other rows do not
+    for q in (odd, wide):
+        check(
+            lambda q, k, v, backend: ff.attention(q, k, v, backend=backend), [q, shifted, expanded]
+        )
 
 
 def test_autocast(kernels):
