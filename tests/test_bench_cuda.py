@@ -50,6 +50,26 @@ def test_what_ships_holds_no_collective_instruction_that_the_emulator_does_not_m
     assert len(together) >= 5
 
 
+def test_the_tf32_product_assembles_though_no_kernel_uses_it_yet(tmp_path):
+    source, target = tmp_path / "tf32.cu", tmp_path / "tf32.ptx"
+    source.write_text(
+        '#include "device/mma.h"\n'
+        "__global__ void product(float* d, const float* a) {\n"
+        "  using namespace fuseformer;\n"
+        "  float sums[4] = {};\n"
+        "  const uint32_t rows[4] = {to_tf32(a[0]), to_tf32(a[1]), to_tf32(a[2]), to_tf32(a[3])};\n"
+        "  mma_16x8x8_tf32(sums, rows, to_tf32(a[4]), to_tf32(a[5]));\n"
+        "  for (int i = 0; i < 4; ++i) d[4 * threadIdx.x + i] = sums[i];\n"
+        "}\n"
+    )
+    command = [cuda_kernels.nvcc(), "-std=c++17", f"-I{cuda_kernels.SOURCES}", source]
+    subprocess.run([*command, "-arch=compute_80", "-ptx", "-o", target], check=True)
+    text = target.read_text()
+    assert "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32" in text
+    assert text.count("cvt.rna.tf32.f32") == 6
+    subprocess.run([*command, "-arch=sm_80", "-cubin", "-o", tmp_path / "tf32.cubin"], check=True)
+
+
 @pytest.mark.parametrize("kernel", [FORWARD, BACKWARD], ids=str)
 def test_scores_on_sm_80_meet_the_goals_without_spills(kernel):
     result = cuda_kernels.measure(kernel, 80)

@@ -9,6 +9,7 @@ from emulator_checks import (
     MISTAKES,
     check_ldmatrix,
     check_mma,
+    check_mma_of_tf32,
     check_shuffle,
     everything,
     load,
@@ -25,6 +26,11 @@ def emulator():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_mma(emulator, dtype, rounding):
     check_mma(emulator, dtype, rounding)
+
+
+@pytest.mark.parametrize("rounding", ["chained", "truncating"])
+def test_mma_of_tf32(emulator, rounding):
+    check_mma_of_tf32(emulator, rounding)
 
 
 def test_the_three_models_of_rounding_differ(emulator):

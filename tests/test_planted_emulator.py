@@ -13,6 +13,21 @@ MUTANTS = {
         "a[group + 8 * i][2 * pair + 8 * half] =",
         "a[group + 8 * half][2 * pair + 8 * i] =",
     ),
+    "columns of a tf32 operand are exchanged": (
+        "tensor_cores.cpp",
+        "tf32_of(mine.a[2 * half + i])",
+        "tf32_of(mine.a[2 * i + half])",
+    ),
+    "a tensor core reads more than tf32": (
+        "tensor_cores.cpp",
+        "  bits &= ~0x1fffu;\n",
+        "",
+    ),
+    "tf32 is cut off": (
+        "primitives.cpp",
+        "std::isfinite(x) ? 0x1000 : 0",
+        "0 * std::isfinite(x)",
+    ),
     "ldmatrix turns what it should not": (
         "tensor_cores.cpp",
         "lanes[lane]->transposed",
@@ -65,8 +80,8 @@ MUTANTS = {
     ),
     "registers start at 0": (
         "scheduler.cpp",
-        "kPoisonedBytes, 0xff,",
-        "kPoisonedBytes, 0,",
+        "std::memset(below, 0xff,",
+        "std::memset(below, 0,",
     ),
     "the readers of other blocks are forgotten": (
         "memory.cpp",

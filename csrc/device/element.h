@@ -1,4 +1,4 @@
-// The 16-bit floating types of the kernels, and their conversions.
+// The floating types of the tensor cores, and their conversions.
 #pragma once
 
 #include "platform.h"
@@ -33,6 +33,13 @@ FUSEFORMER_DEVICE uint32_t pack<Half>(float low, float high) {
   return packed;
 }
 
+// Rounds a number to the eleven bits of tf32, ties away from zero; the lowest thirteen are unused.
+FUSEFORMER_DEVICE uint32_t to_tf32(float x) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return rounded;
+}
+
 FUSEFORMER_DEVICE float to_float(Bfloat16 x) {
   return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
 }
@@ -47,6 +54,7 @@ FUSEFORMER_DEVICE float to_float(Half x) {
 
 template <typename Element>
 uint32_t pack(float low, float high);
+uint32_t to_tf32(float x);
 float to_float(Bfloat16 x);
 float to_float(Half x);
 

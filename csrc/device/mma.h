@@ -9,7 +9,12 @@
 //   D (16 x 8)   d[0], d[1]: row group,     columns 2 pair, 2 pair + 1
 //                d[2], d[3]: row group + 8, columns 2 pair, 2 pair + 1
 //
-// so that two neighbouring D tiles, packed, are an A operand of the next product.
+// so that two neighbouring D tiles, packed, are an A operand of the next product. In tf32, m16n8k8,
+// with the same D, a register holds one number:
+//
+//   A (16 x 8)   a[0]: row group,     column pair                    a[2]: the same, column + 4
+//                a[1]: row group + 8, column pair                    a[3]: the same, column + 4
+//   B (8 x 8)    b[0]: row pair, column group                        b[1]: the same, row + 4
 #pragma once
 
 #include "element.h"
@@ -42,6 +47,16 @@ FUSEFORMER_DEVICE void mma_16x8x16<Half>(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d += a * b, 16 x 8 x 8, of what `to_tf32` has rounded, in float32.
+FUSEFORMER_DEVICE void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                       uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Loads four 8 x 8 matrices of 16-bit numbers. Lane 8 i + r gives the address of row r of matrix i,
 // 16 bytes, aligned to 16. In r[i] a lane gets columns 2 pair and 2 pair + 1 of row `group`.
 FUSEFORMER_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
@@ -63,6 +78,7 @@ FUSEFORMER_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress ro
 
 template <typename Element>
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row);
 void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress row);
 

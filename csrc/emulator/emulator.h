@@ -57,4 +57,7 @@ void release_all();
 // what never comes, the launch ends there with an error in the report.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
+// Fills with NaN what the function that is called next will keep its registers in.
+void poison_registers();
+
 }  // namespace fuseformer::emulator

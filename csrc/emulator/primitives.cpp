@@ -56,6 +56,8 @@ uint32_t pack(float low, float high) {
 template uint32_t pack<Bfloat16>(float, float);
 template uint32_t pack<Half>(float, float);
 
+uint32_t to_tf32(float x) { return (bits_of(x) + (std::isfinite(x) ? 0x1000 : 0)) & ~0x1fffu; }
+
 float to_float(Bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
 float to_float(Half x) {

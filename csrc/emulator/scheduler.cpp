@@ -49,7 +49,7 @@ namespace {
 
 constexpr size_t kPage = 4096;
 constexpr size_t kStackBytes = 256 << 10;
-// What a kernel has not set is a NaN: this much of the stack, where its registers are kept.
+// Of a kernel's stack, where its registers are kept: what it has not set is a NaN.
 constexpr size_t kPoisonedBytes = 8 << 10;
 
 Options the_options;
@@ -117,7 +117,6 @@ void prepare(Thread& thread, int number, const Place& place) {
   thread.place = place;
   // Stacks that begin at the same place of a page would share the same few lines of the cache.
   thread.stack_top = stacks[number] + kStackBytes - 64 - number % 16 * 256;
-  std::memset(thread.stack_top + 8 - kPoisonedBytes, 0xff, kPoisonedBytes);
   void** top = reinterpret_cast<void**>(thread.stack_top);
   *top = reinterpret_cast<void*>(run_thread);
   thread.stack_pointer = top - 6;
@@ -249,6 +248,12 @@ void give_up(const std::string& what, const void* pc) {
   gave_up = true;
   switch_to_launcher();
   __builtin_unreachable();
+}
+
+__attribute__((noinline)) void poison_registers() {
+  char below[kPoisonedBytes];
+  std::memset(below, 0xff, sizeof below);
+  asm volatile("" ::"r"(below) : "memory");
 }
 
 void join_clocks(const std::vector<int>& joined) {

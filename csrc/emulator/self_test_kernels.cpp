@@ -1,6 +1,7 @@
 // Kernels that test the emulator itself: each does one thing right, or one thing wrong, and is run
 // by its name.
 #include <map>
+#include <type_traits>
 
 #include "../device/atomic.h"
 #include "../device/copy.h"
@@ -28,6 +29,8 @@ T* shared() {
   return reinterpret_cast<T*>(dynamic_shared());
 }
 
+struct Tf32 {};
+
 // In: a[32][4], b[32][2], c[32][4] as the lanes hold them, in words. Out: d[32][4].
 template <typename Element>
 void mma(SelfTest test) {
@@ -39,7 +42,12 @@ void mma(SelfTest test) {
     a[i] = words[4 * lane + i];
     d[i] = in<float>(test)[192 + 4 * lane + i];
   }
-  mma_16x8x16<Element>(d, a, words[128 + 2 * lane], words[128 + 2 * lane + 1]);
+  const uint32_t b0 = words[128 + 2 * lane], b1 = words[128 + 2 * lane + 1];
+  if constexpr (std::is_same_v<Element, Tf32>) {
+    mma_16x8x8_tf32(d, a, b0, b1);
+  } else {
+    mma_16x8x16<Element>(d, a, b0, b1);
+  }
   for (int i = 0; i < 4; ++i) out<float>(test)[4 * lane + i] = d[i];
 }
 
@@ -68,6 +76,12 @@ template <typename Element>
 void packing(SelfTest test) {
   const int i = blockIdx.x * 32 + threadIdx.x;
   out<uint32_t>(test)[i] = pack<Element>(in<float>(test)[2 * i], in<float>(test)[2 * i + 1]);
+}
+
+// In: floats, out: their bits, rounded.
+void rounding_to_tf32(SelfTest test) {
+  const int i = blockIdx.x * 32 + threadIdx.x;
+  out<uint32_t>(test)[i] = to_tf32(in<float>(test)[i]);
 }
 
 // Out: the number of each 16-bit pattern.
@@ -291,11 +305,13 @@ struct Entry {
 const std::map<std::string, Entry> kTests = {
     {"mma_bf16", {mma<Bfloat16>, 1, 32}},
     {"mma_fp16", {mma<Half>, 1, 32}},
+    {"mma_tf32", {mma<Tf32>, 1, 32}},
     {"ldmatrix", {ldmatrix<false>, 1, 32}},
     {"ldmatrix_transposed", {ldmatrix<true>, 1, 32}},
     {"shuffle", {shuffle, 1, 32}},
     {"pack_bf16", {packing<Bfloat16>, 8, 32}},
     {"pack_fp16", {packing<Half>, 8, 32}},
+    {"round_tf32", {rounding_to_tf32, 16, 32}},
     {"widen_bf16", {widening<Bfloat16>, 2048, 32}},
     {"widen_fp16", {widening<Half>, 2048, 32}},
     {"copy_groups", {copy_groups, 1, 32}},

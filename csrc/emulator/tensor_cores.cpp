@@ -41,27 +41,52 @@ float truncated_sum(float c, const float* a, const float (*b)[8], int column) {
   return grown ? std::nextafter(rounded, 0.0f) : rounded;
 }
 
-void multiply(float (&d)[16][8], const float (&a)[16][16], const float (&b)[16][8]) {
+template <int kDepth>
+void multiply(float (&d)[16][8], const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
   const Rounding rounding = options().rounding;
   for (int i = 0; i < 16; ++i) {
     if (rounding == Rounding::kExact) {
       double sums[8];
       for (int j = 0; j < 8; ++j) sums[j] = d[i][j];
-      for (int k = 0; k < 16; ++k) {
+      for (int k = 0; k < kDepth; ++k) {
         for (int j = 0; j < 8; ++j) sums[j] += static_cast<double>(a[i][k]) * b[k][j];
       }
       for (int j = 0; j < 8; ++j) d[i][j] = static_cast<float>(sums[j]);
     } else if (rounding == Rounding::kChained) {
-      for (int k = 0; k < 16; ++k) {
+      for (int k = 0; k < kDepth; ++k) {
         for (int j = 0; j < 8; ++j) d[i][j] = std::fma(a[i][k], b[k][j], d[i][j]);
       }
     } else {
       for (int j = 0; j < 8; ++j) {
-        d[i][j] = truncated_sum(d[i][j], &a[i][0], &b[0], j);
-        d[i][j] = truncated_sum(d[i][j], &a[i][8], &b[8], j);
+        for (int k = 0; k < kDepth; k += 8) d[i][j] = truncated_sum(d[i][j], &a[i][k], &b[k], j);
       }
     }
   }
+}
+
+// Adds a product to the accumulators that the lanes hold.
+template <int kDepth>
+void add_product(Product** lanes, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+  ++report.counters.mma;
+  float d[16][8];
+  const auto of_lane = [&](int lane, int i) -> float& {
+    return d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) of_lane(lane, i) = lanes[lane]->d[i];
+  }
+  multiply(d, a, b);
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = of_lane(lane, i);
+  }
+}
+
+// What a tensor core takes of a register: the lowest thirteen bits are not read.
+float tf32_of(uint32_t bits) {
+  bits &= ~0x1fffu;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 
 template <typename Element>
@@ -130,9 +155,8 @@ template <typename Element>
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   Product product{d, a, {b0, b1}};
   collective("mma", product, [](Product** lanes) {
-    ++report.counters.mma;
     const float* const wide = widened<Element>();
-    float a[16][16], b[16][8], d[16][8];
+    float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int group = lane / 4, pair = lane % 4;
       const Product& mine = *lanes[lane];
@@ -144,22 +168,31 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
         }
         b[2 * pair + 8 * i][group] = wide[mine.b[i] & 0xffff];
         b[2 * pair + 8 * i + 1][group] = wide[mine.b[i] >> 16];
-        d[group + 8 * i][2 * pair] = mine.d[2 * i];
-        d[group + 8 * i][2 * pair + 1] = mine.d[2 * i + 1];
       }
     }
-    multiply(d, a, b);
-    for (int lane = 0; lane < 32; ++lane) {
-      const int group = lane / 4, pair = lane % 4;
-      for (int i = 0; i < 2; ++i) {
-        lanes[lane]->d[2 * i] = d[group + 8 * i][2 * pair];
-        lanes[lane]->d[2 * i + 1] = d[group + 8 * i][2 * pair + 1];
-      }
-    }
+    add_product(lanes, a, b);
   });
 }
 template void mma_16x8x16<Bfloat16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
 template void mma_16x8x16<Half>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
+
+void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Product product{d, a, {b0, b1}};
+  collective("mma.tf32", product, [](Product** lanes) {
+    float a[16][8], b[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int group = lane / 4, pair = lane % 4;
+      const Product& mine = *lanes[lane];
+      for (int i = 0; i < 2; ++i) {
+        for (int half = 0; half < 2; ++half) {  // of the columns of A
+          a[group + 8 * i][pair + 4 * half] = tf32_of(mine.a[2 * half + i]);
+        }
+        b[pair + 4 * i][group] = tf32_of(mine.b[i]);
+      }
+    }
+    add_product(lanes, a, b);
+  });
+}
 
 void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) { load_matrices(r, row, false, CALLER); }
 

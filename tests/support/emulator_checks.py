@@ -82,6 +82,52 @@ def check_mma(emulator, dtype, rounding):
     return out
 
 
+def check_mma_of_tf32(emulator, rounding="exact"):
+    """Fragments of m16n8k8 as the manual has them; bits below those of tf32 are not read."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(*s, generator=generator) for s in ((16, 8), (8, 8), (16, 8)))
+    a_bits, b_bits, c_bits = (x.numpy().view(np.uint32) for x in (a, b, c))
+    words = np.zeros(320, dtype=np.uint32)
+    for lane in range(32):
+        group, thread = lane >> 2, lane & 3
+        for i in range(4):  # a0 to a3
+            row, column = group + (8 if i in (1, 3) else 0), thread + (4 if i >= 2 else 0)
+            words[4 * lane + i] = a_bits[row, column]
+            words[192 + 4 * lane + i] = c_bits[group + (8 if i >= 2 else 0), thread * 2 + (i & 1)]
+        for i in range(2):
+            words[128 + 2 * lane + i] = b_bits[thread + 4 * i, group]
+    out, counters, errors = run(
+        emulator, "mma_tf32", words, np.zeros(128, np.float32), rounding=rounding
+    )
+    assert not errors
+    assert counters["mma"] == 1
+    cut = [torch.from_numpy((x & np.uint32(0xFFFFE000)).view(np.float32)) for x in (a_bits, b_bits)]
+    exact = cut[0].double() @ cut[1].double() + c.double()
+    for lane in range(32):
+        group, thread = lane >> 2, lane & 3
+        for i in range(4):
+            want = float(exact[group + (8 if i >= 2 else 0), thread * 2 + (i & 1)])
+            got = float(out[4 * lane + i])
+            assert got == np.float32(want) if rounding == "exact" else abs(got - want) < 1e-5
+
+
+def check_rounding_to_tf32(emulator):
+    """To nearest, ties away from zero, as IEEE rounding of the fraction to ten bits does."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(512, generator=generator) * 10.0 ** torch.randint(
+        -30, 30, (512,), generator=generator
+    )
+    values[:6] = torch.tensor([1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-23, 0.0, -0.0, np.inf])
+    out, _, errors = run(emulator, "round_tf32", values.numpy(), np.zeros(512, np.uint32))
+    assert not errors
+    fraction, exponent = np.frexp(values.double().numpy())
+    units = np.copysign(np.floor(np.abs(fraction) * 2**11 + 0.5), fraction)
+    expected = np.ldexp(units, exponent - 11).astype(np.float32)
+    expected[5] = np.inf
+    assert (out.view(np.float32) == expected).all()
+    assert (out & np.uint32(0x1FFF) == 0).all()
+
+
 def check_ldmatrix(emulator, transposed):
     name = "ldmatrix_transposed" if transposed else "ldmatrix"
     out, counters, errors = run(emulator, name, out=np.zeros(128, np.uint32), value=16)
@@ -223,6 +269,8 @@ def check_exchange(emulator):
 
 
 CHECKS = [
+    check_mma_of_tf32,
+    check_rounding_to_tf32,
     check_conflicts,
     check_conflicts_of_one_row,
     check_plain_conflicts,
