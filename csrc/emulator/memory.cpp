@@ -10,6 +10,7 @@
 #include <new>
 
 #include "../device/platform.h"
+#include "sanitizer.h"
 #include "state.h"
 
 namespace fuseformer::emulator {
@@ -155,6 +156,8 @@ void* allocate(size_t bytes, const void* initial) {
   char* const begin = next_free;
   if (bytes > static_cast<size_t>(arena + kReserved - begin) - 2 * kGap) throw std::bad_alloc();
   next_free += (bytes + kGap + 255) / 256 * 256;
+  allow_access(begin, bytes);
+  forbid_access(begin + bytes, next_free - begin - bytes);
   Allocation allocation{begin, bytes, {}};
   if (instrumented) allocation.words.resize((bytes + kWord - 1) / kWord);
   if (initial != nullptr) {
@@ -176,6 +179,8 @@ void release_all() {
 
 char* new_shared(size_t bytes) {
   reserve();
+  allow_access(shared_begin, bytes);
+  forbid_access(shared_begin + bytes, kSharedSpace - bytes);
   std::memset(shared_begin, 0xff, bytes);
   shared.begin = shared_begin;
   shared.bytes = bytes;

@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "../device/platform.h"
+#include "sanitizer.h"
 #include "state.h"
 
 #if !defined(__x86_64__)
@@ -117,6 +118,7 @@ void prepare(Thread& thread, int number, const Place& place) {
   thread.place = place;
   // Stacks that begin at the same place of a page would share the same few lines of the cache.
   thread.stack_top = stacks[number] + kStackBytes - 64 - number % 16 * 256;
+  allow_access(stacks[number], kStackBytes);  // frames that were left, not returned from
   void** top = reinterpret_cast<void**>(thread.stack_top);
   *top = reinterpret_cast<void*>(run_thread);
   thread.stack_pointer = top - 6;

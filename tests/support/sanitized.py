@@ -1,0 +1,89 @@
+"""Runs kernels in an emulator built with AddressSanitizer and UndefinedBehaviorSanitizer.
+
+``python sanitized.py kernels`` runs attention, decode and feed-forward in bfloat16, ``python
+sanitized.py NAME`` a self test of the emulator. Either sanitizer ends the process where it finds
+something.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from attention_checks import Case, check_dense, check_packed
+from block_checks import FeedForwardCase, check_feed_forward
+from decode_checks import Case as DecodeCase
+from decode_checks import check_decode
+from emulated import Kernels
+from emulator_build import SOURCES, build, build_feed_forward
+from emulator_checks import run
+
+LANDINGS = ("late", "early", "random")
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run this file in a process of its own that has the sanitizers loaded."""
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True)
+        for name in ("libasan", "libubsan")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": ":".join(done.stdout.strip() for done in libraries),
+        # Python keeps what it has to its end; and the stacks of fibers are the emulator's own.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:handle_segv=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def _bfloat16_alone(family: str, folder: Path) -> Path:
+    """Return a translation unit like the family's of the emulator, in half the time to compile."""
+    unit = (SOURCES / "emulator" / f"{family}_kernels.cpp").read_text()
+    unit, count = re.subn(
+        r"template ([^;]*<Half>\([^;]*\));", r"template <> \1 { return {}; }", unit
+    )
+    assert count
+    path = folder / f"{family}_kernels.cpp"
+    path.write_text(unit.replace("../", ""))
+    return path
+
+
+def _run_kernels() -> None:
+    bf16 = torch.bfloat16
+    with tempfile.TemporaryDirectory() as folder:
+        units = [_bfloat16_alone(f, Path(folder)) for f in ("attention", "feed_forward")]
+        attention = Kernels(build("sanitized", units[0]))
+        feed_forward = Kernels(build_feed_forward("sanitized", units[1]))
+    for seed, landing in enumerate(LANDINGS, 1):
+        for architecture in (80, 86):
+            attention.emulator.set_options(True, seed, landing, "exact", architecture)
+            check_dense(attention, Case((2, 1), (113, 70), 64, bf16, "top_left", 0.1))
+            check_dense(attention, Case((1, 1), (65, 130), 128, bf16, key_lengths=(77,)))
+            sequences = ((70, 33), (0, 5), (17, 0), (3, 90))
+            check_packed(attention, sequences, 96, bf16, "bottom_right", 0.2, 5)
+            check_decode(attention, DecodeCase((4, 2), 2, 32, bf16, page_size=16))
+        feed_forward.emulator.set_options(True, seed, landing, "exact", 80)
+        check_feed_forward(feed_forward, FeedForwardCase((70, 64, 136, 64), "gelu", bf16, 0.2))
+        check_feed_forward(feed_forward, FeedForwardCase((33, 40, 104, 24), "silu", bf16))
+        print(f"{landing}: clean", flush=True)
+
+
+def _run_self_test(name: str) -> None:
+    unit = SOURCES / "emulator" / "self_test_kernels.cpp"
+    emulator = build("sanitized", unit, bindings="self_test_bindings", host=())
+    out, _, errors = run(emulator, name)
+    print(f"{name}: ran to its end {out.tolist()} {errors}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "kernels":
+        _run_kernels()
+    else:
+        _run_self_test(sys.argv[1])
