@@ -1,9 +1,9 @@
-// The ops of `fuseformer._C`, in PyTorch's stable ABI: one library for every torch from 2.10 on.
+// The ops of `fuseformer._C` for GPUs, in PyTorch's stable ABI: one library for every torch from 2.10
+// on.
 //
 // They fill tensors that Python has allocated: no memory but the caching allocator's is used, and
 // nothing waits for the GPU, so that calls can be captured in a CUDA graph.
-#define Py_LIMITED_API 0x030a0000
-#include <Python.h>
+#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,12 +16,8 @@
 #include "feed_forward/feed_forward.h"
 #include "feed_forward/linear.h"
 
-#if defined(FUSEFORMER_CUDA)
-#include <cuda_runtime_api.h>
-
 // Only the CUDA builds of torch have it: where it is missing no CUDA tensor gets here.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-#endif
 
 namespace {
 
@@ -41,8 +37,6 @@ constexpr const char* kOptions =
     "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, "
     "int max_seqlen_q, int max_seqlen_k, int window_left, int window_right, bool bottom_right, "
     "float scale, int dropout_threshold, float dropout_scale) -> ()";
-
-#if defined(FUSEFORMER_CUDA)
 
 DType dtype_of(const Tensor& x) {
   using torch::headeronly::ScalarType;
@@ -257,8 +251,6 @@ int64_t driver_version() {
 
 int64_t runtime_version() { return CUDART_VERSION; }
 
-#endif
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fuseformer_cuda, m) {
@@ -282,8 +274,6 @@ STABLE_TORCH_LIBRARY(fuseformer_cuda, m) {
   m.def("runtime_version() -> int");
 }
 
-#if defined(FUSEFORMER_CUDA)
-
 STABLE_TORCH_LIBRARY_IMPL(fuseformer_cuda, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
@@ -297,13 +287,4 @@ STABLE_TORCH_LIBRARY_IMPL(fuseformer_cuda, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(fuseformer_cuda, CompositeExplicitAutograd, m) {
   m.impl("driver_version", TORCH_BOX(&driver_version));
   m.impl("runtime_version", TORCH_BOX(&runtime_version));
-}
-
-#endif
-
-// Importing the module is loading the library; it has no names of its own.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fuseformer as ff
-from fuseformer import backends
+from fuseformer import backends, extension
 from fuseformer.backends import Request, choose_backend
 from fuseformer.cuda import library
 
@@ -26,9 +26,9 @@ def request(**changes):
 
 @pytest.fixture
 def installation(monkeypatch, tmp_path):
-    """A folder that stands for the installed package; `library` looks there."""
-    monkeypatch.setattr(library, "_FOLDER", tmp_path)
-    cached = (library.build, library.problem, library.driver_problem)
+    """A folder that stands for the installed package; `extension` looks there."""
+    monkeypatch.setattr(extension, "_FOLDER", tmp_path)
+    cached = (extension.build, extension.problem, library.driver_problem)
     for function in cached:
         function.cache_clear()
     yield tmp_path
@@ -124,8 +124,7 @@ def test_what_runs_on_a_gpu(capability, architectures, runs):
 def test_an_installation_without_them_says_how_to_build_them(installation):
     assert "FUSEFORMER_BUILD=cuda" in library.refusal(80)
     built(installation, mode="none")
-    library.build.cache_clear()
-    library.problem.cache_clear()
+    extension.build.cache_clear()
     assert "FUSEFORMER_BUILD=cuda" in library.refusal(80)
     with pytest.raises(RuntimeError, match="built without the CUDA C\\+\\+ kernels"):
         library.ops()

@@ -1,9 +1,9 @@
-"""The dropout mask of `fuseformer.philox` as NumPy computes it fastest: in place, block by block.
+"""The dropout mask of `fuseformer.philox` on the CPU, compiled where the library is there.
 
-NumPy's integer loops are vectorised and cost less per call than PyTorch's. A block's counters and
-their six buffers stay in the caches. Two facts save passes: words 1 and 3 are read again
-only where the result is cut to 32 bits, so they may keep their upper halves, and the upper 16-bit
-number of a word is compared without being moved down.
+Elsewhere NumPy computes it: in place, block by block. Its integer loops are vectorised and cost less
+per call than PyTorch's. A block's counters and their six buffers stay in the caches. Two facts save
+passes: words 1 and 3 are read again only where the result is cut to 32 bits, so they may keep their
+upper halves, and the upper 16-bit number of a word is compared without being moved down.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import extension
 from ..philox import _KEY_INCREMENTS, _MULTIPLIERS, _ROUNDS, dropout_threshold
 
 _LOW_WORD = np.int64(0xFFFFFFFF)
@@ -73,6 +74,30 @@ def keep_mask(
     `batches` and `heads` are any numbers, `rows` and `columns` ranges of step 1. The result is bool
     (len(batches), len(heads), len(rows), len(columns)), True where the element survives.
     """
+    if extension.problem() is None:
+        keep = torch.empty(len(batches), len(heads), len(rows), len(columns), dtype=torch.bool)
+        torch.ops.fuseformer_cpu.dropout_mask(
+            seed.cpu(),
+            torch.tensor(batches, dtype=torch.int64),
+            torch.tensor(heads, dtype=torch.int64),
+            rows.start,
+            columns.start,
+            dropout_threshold(p),
+            keep,
+        )
+        return keep
+    return _numpy_keep_mask(seed, p, batches, heads, rows, columns)
+
+
+def _numpy_keep_mask(
+    seed: Tensor,
+    p: float,
+    batches: Sequence[int],
+    heads: Sequence[int],
+    rows: range,
+    columns: range,
+) -> Tensor:
+    """Return what `keep_mask` does, without the compiled library."""
     first_row, first_column = rows.start // 16, columns.start // 32
     groups = -(-rows.stop // 16) - first_row if len(rows) else 0
     column_groups = -(-columns.stop // 32) - first_column if len(columns) else 0

@@ -1,50 +1,21 @@
-"""The compiled library: whether it is there, what it was compiled for, and its ops."""
+"""The compiled ops for GPUs: whether they are there, and what they were compiled for."""
 
-import json
-import warnings
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-_FOLDER = Path(__file__).parents[1]
+from .. import extension
 
 
-@lru_cache(maxsize=1)
-def build() -> dict[str, Any]:
-    """Return what was decided when the package was built.
-
-    "mode" is "none" or "cuda", "architectures" the GPU architectures compiled, "cuda" the version
-    of the toolkit, "kernels" registers and stack bytes of each kernel.
-    """
-    file = _FOLDER / "_build.json"
-    if not file.exists():
-        return {"mode": "none", "architectures": [], "cuda": None, "kernels": []}
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
-
-
-@lru_cache(maxsize=1)
 def problem() -> str | None:
     """Return why the compiled ops cannot be used, or None; warn where the library is broken."""
-    if build()["mode"] == "none":
+    if extension.build()["mode"] != "cuda":
         return (
             "this installation was built without the CUDA C++ kernels (build it with "
             "FUSEFORMER_BUILD=cuda)"
         )
-    found = sorted(_FOLDER.glob("_C.*so"))
-    if not found:
-        reason = "the compiled library _C is missing from the package"
-    else:
-        try:
-            torch.ops.load_library(str(found[0]))
-            return None
-        except OSError as error:
-            said = error.__cause__ or error
-            reason = f"the compiled library {found[0].name} cannot be loaded: {said}"
-    warnings.warn(f"fuseformer: {reason}; other backends serve instead", stacklevel=2)
-    return reason
+    return extension.problem()
 
 
 def ops() -> Any:
@@ -84,7 +55,7 @@ def refusal(capability: int) -> str | None:
     reason = problem()
     if reason is not None:
         return reason
-    compiled = build()["architectures"]
+    compiled = extension.build()["architectures"]
     if not runs_on(capability, compiled):
         return (
             f"the CUDA C++ kernels were compiled for {', '.join(compiled)}, not for sm_{capability}"

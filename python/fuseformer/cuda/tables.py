@@ -3,7 +3,7 @@
 import importlib
 from dataclasses import dataclass
 
-from .library import build
+from ..extension import build
 
 # Threads and bytes of shared memory of a multiprocessor (CUDA C++ programming guide, "Technical
 # specifications per compute capability"); registers and the least share of a block are everywhere

@@ -1,0 +1,206 @@
+"""Compiles and links the library `_C`.
+
+Objects are kept under ``build/extension`` by what goes into them, so that a changed kernel compiles
+only itself, and all Pythons share them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from toolchain import Toolchain, cuda_libraries, jobs
+
+ROOT = Path(__file__).parents[1].resolve()
+SOURCES = ROOT / "csrc"
+CACHE = ROOT / "build" / "extension"
+CPU_SOURCES = ("module.cpp", "cpu/dropout_mask.cpp", "cpu/library.cpp")
+CUDA_SOURCES = (
+    "library.cpp",
+    "attention/attention.cpp",
+    "attention/decode.cpp",
+    "feed_forward/feed_forward.cpp",
+    "feed_forward/linear.cpp",
+)
+KERNEL_SOURCES = tuple(
+    f"{which}_{dtype}.cu"
+    for which in (
+        "attention/backward",
+        "attention/forward",
+        "attention/decode",
+        "feed_forward/forward",
+        "feed_forward/linear",
+    )
+    for dtype in ("bf16", "fp16")
+)
+# The oldest torch whose stable ABI is used.
+_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
+
+
+def run(what: str, command: list) -> str:
+    """Run a compiler or linker and return what it said. Raises `SystemExit`, having shown that."""
+    done = subprocess.run(
+        [*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode:
+        print(f"{' '.join(map(str, command))}\n{done.stdout}", file=sys.stderr)
+        raise SystemExit(f"fuseformer: {what} failed")
+    return done.stdout
+
+
+def _texts(source: Path) -> dict[str, str]:
+    """Return a source and the project's headers that it includes, others through them too."""
+    found: dict[str, str] = {}
+    left = [source]
+    while left:
+        path = left.pop()
+        name = str(path.relative_to(SOURCES))
+        if name not in found:
+            found[name] = path.read_text()
+            named = re.findall(r'^#include "([^"]+)"', found[name], re.MULTILINE)
+            left += [(path.parent / include).resolve() for include in named]
+    return dict(sorted(found.items()))
+
+
+def _make_cache() -> None:
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        (CACHE / f"{os.getpid()}.probe").touch()
+        (CACHE / f"{os.getpid()}.probe").unlink()
+    except OSError as error:
+        raise SystemExit(
+            f"fuseformer: {CACHE} cannot be written ({error.strerror}): build from a copy of the "
+            "sources in a folder that can"
+        ) from error
+
+
+class Library:
+    """The library of one toolchain."""
+
+    def __init__(self, tools: Toolchain) -> None:
+        self.tools = tools
+        # What depends on where the sources and headers lie stays out of the objects.
+        include = tools.torch_include
+        self.paths = [f"-ffile-prefix-map={SOURCES}=csrc", f"-ffile-prefix-map={include}=torch"]
+
+    @property
+    def host_command(self) -> list:
+        """How a C++ source is compiled."""
+        includes = [self.tools.torch_include, sysconfig.get_path("include")]
+        if self.tools.cuda_home is not None:
+            includes.append(self.tools.cuda_home / "include")
+        return [
+            *(*self.tools.cxx, "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", _TARGET),
+            *self.paths,
+            *(f"-I{path}" for path in includes),
+        ]
+
+    @property
+    def device_command(self) -> list:
+        """How a CUDA source is compiled, for all architectures at once."""
+        assert self.tools.cuda_home is not None
+        codes: list[str] = []
+        for name in self.tools.architectures:
+            number = name.removesuffix("+PTX")
+            kinds = [f"sm_{number}"] + ([f"compute_{number}"] if name.endswith("+PTX") else [])
+            codes += ["-gencode", f"arch=compute_{number},code=[{','.join(kinds)}]"]
+        compiler, arguments = self.tools.host_compiler
+        return [
+            *(self.tools.cuda_home / "bin/nvcc", "-ccbin", compiler, "-O3", "-std=c++17", *codes),
+            *(f"-Xcompiler={word}" for word in (*arguments, "-fPIC", "-fvisibility=hidden")),
+            *(f"-Xcompiler={word}" for word in self.paths),
+            *("-Xfatbin=-compress-all", "-Xptxas", "-v"),
+        ]
+
+    def build(self, target: Path) -> list[dict]:
+        """Write the library, and return what was made of each kernel.
+
+        Raises `SystemExit`, having shown what the compiler said.
+        """
+        _make_cache()
+        work = [(name, self.host_command) for name in CPU_SOURCES]
+        if self.tools.mode == "cuda":
+            work += [(name, self.host_command) for name in CUDA_SOURCES]
+            # First what takes longest.
+            work = [(name, self.device_command) for name in KERNEL_SOURCES] + work
+        with ThreadPoolExecutor(jobs()) as pool:
+            made = list(pool.map(lambda item: self._compiled(*item), work))
+        self._link(target, [path for path, _ in made])
+        return [row for _, log in made for row in resources(log)]
+
+    def _compiled(self, source: str, command: list) -> tuple[Path, str]:
+        """Return the object of a source, and what its compiler said, made once for one input."""
+        path = SOURCES / source
+        tools = (self.tools.cxx_version, self.tools.torch_version, self.tools.cuda)
+        text = repr((_texts(path), [*map(str, command)], tools))
+        key = hashlib.sha256(text.encode()).hexdigest()[:24]
+        target = CACHE / f"{key}-{path.stem}.o"
+        log = target.with_suffix(".log")
+        if not log.exists():
+            # What is interrupted leaves parts, which nobody takes for the whole.
+            part, said = (target.with_suffix(f".{os.getpid()}.{kind}") for kind in ("part", "said"))
+            said.write_text(run(f"compiling {source}", [*command, "-c", path, "-o", part]))
+            part.replace(target)
+            said.replace(log)
+        return target, log.read_text()
+
+    def _link(self, target: Path, objects: list[Path]) -> None:
+        # The library only has to say that it needs libtorch, which is loaded by then.
+        stub = CACHE / "stub"
+        stub.mkdir(exist_ok=True)
+        (stub / "empty.cpp").write_text("")
+        soname = "-Wl,-soname,libtorch.so"
+        shared = [*self.tools.cxx, "-shared"]
+        run("linking", [*shared, soname, stub / "empty.cpp", "-o", stub / "libtorch.so"])
+        command = [*shared, *objects, f"-L{stub}", "-Wl,--no-as-needed", "-ltorch"]
+        command += ["-Wl,--as-needed"]
+        if self.tools.cuda_home is not None:
+            command += [f"-L{cuda_libraries(self.tools.cuda_home)}", "-lcudart_static"]
+            command += ["-ldl", "-lrt", "-lpthread"]
+        command += ["-Wl,--exclude-libs,ALL", "-s"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run("linking", [*command, "-o", target])
+
+
+def resources(log: str) -> list[dict]:
+    """Return registers and spilled bytes of every attention kernel that ptxas spoke of."""
+    found = []
+    pattern = (
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame.*?Used (\d+)"
+    )
+    for name, arch, stack, registers in re.findall(pattern, log, re.DOTALL):
+        kernel = re.search(r"attention_(\w+?)_kernel", name)
+        config = re.search(r"(Small)?\w+?(?:Config|Traits)INS_\d+(Bfloat16|Half)ELi(\d+)E", name)
+        if kernel and config:
+            found.append(
+                {
+                    "kernel": kernel[1] + (" small" if "SmallBackward" in name else ""),
+                    "dtype": {"Bfloat16": "bf16", "Half": "fp16"}[config[2]],
+                    "head_dim": int(config[3]),
+                    "dropout": name.count("Lb1E") > 0,
+                    "architecture": int(arch),
+                    "registers": int(registers),
+                    "stack_bytes": int(stack),
+                }
+            )
+    return found
+
+
+def record(folder: Path, tools: Toolchain, kernels: list[dict]) -> None:
+    """Write what was built beside the package."""
+    folder.mkdir(parents=True, exist_ok=True)
+    built = {
+        "mode": tools.mode,
+        "refused": tools.refused,
+        "architectures": tools.architectures,
+        "cuda": tools.cuda,
+        "torch": tools.torch_version or None,
+        "compiler": tools.cxx_version or None,
+        "kernels": kernels,
+    }
+    (folder / "_build.json").write_text(json.dumps(built, indent=1) + "\n")
