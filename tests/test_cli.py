@@ -65,6 +65,46 @@ def test_info_names_versions_and_why_a_backend_cannot_run(capsys):
     assert "triton       no: Triton kernels do not run on cpu tensors" in text
 
 
+def test_info_for_programs_says_the_same(capsys):
+    run("info", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["fuseformer"] == __version__
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["build"]["mode"] in ("none", "cpu", "cuda")
+    cpu = found["devices"][0]
+    assert cpu["device"] == "cpu"
+    assert cpu["backends"]["reference"] is None
+    assert "do not run on cpu tensors" in cpu["backends"]["triton"]
+
+
+def test_doctor_runs_what_can_run(capsys):
+    run("doctor")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [row for row in rows if row[0] == "cpu"]
+    assert [row[1] for row in rows] == ["cuda", "triton", "cpu", "reference"]
+    assert [row[2] for row in rows] == ["cannot", "cannot", "ok", "ok"]
+
+
+def test_doctor_finds_a_backend_that_is_wrong(capsys, monkeypatch):
+    from fuseformer import doctor
+
+    right = doctor.attention
+    monkeypatch.setattr(doctor, "attention", lambda *a, **k: right(*a, **k) * 1.05)
+    assert main(["doctor"]) == 2
+    out, err = capsys.readouterr()
+    assert "FAILED      AssertionError: out: error" in out
+    assert "cpu on cpu, reference on cpu gave no right answer" in err
+
+
+def test_doctor_tells_of_a_broken_library(capsys, monkeypatch):
+    from fuseformer import extension
+
+    monkeypatch.setattr(extension, "build", lambda: {"mode": "cpu", "architectures": []})
+    monkeypatch.setattr(extension, "problem", lambda: "the compiled library _C is missing")
+    assert main(["doctor"]) == 2
+    assert "library    FAILED      the compiled library _C is missing" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [[], ["sing"], ["info", "--loud"], ["pretrain"]])
 def test_bad_command_lines_exit_with_2_and_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

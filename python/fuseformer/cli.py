@@ -5,6 +5,7 @@ info` works without them.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .info import describe, describe_kernels
+from .info import describe, describe_kernels, survey
 from .tuning.recipe import Recipe, add_flags, flags_given, merged, read_recipe
 
 Command = Callable[[argparse.Namespace], str]
@@ -72,7 +73,21 @@ def _demo(arguments: argparse.Namespace) -> str:
 
 
 def _info(arguments: argparse.Namespace) -> str:
-    return describe() if arguments.kernels is None else describe_kernels(arguments.kernels)
+    if arguments.kernels is not None:
+        return describe_kernels(arguments.kernels)
+    return json.dumps(survey(), indent=1) if arguments.json else describe()
+
+
+def _doctor(arguments: argparse.Namespace) -> str:
+    from .doctor import examine
+
+    findings = examine()
+    text = "\n".join(map(str, findings))
+    failed = [f"{f.backend} on {f.device}" for f in findings if f.status == "FAILED"]
+    if failed:
+        print(text)
+        raise RuntimeError(f"{', '.join(failed)} gave no right answer; the lines above say why")
+    return text
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -101,13 +116,18 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "versions, devices, which backends can run here and why others cannot"
     own = command("info", _info, text)
-    own.add_argument(
+    kind = own.add_mutually_exclusive_group()
+    kind.add_argument("--json", action="store_true", help="the same, for programs to read")
+    kind.add_argument(
         "--kernels",
         type=int,
         metavar="ARCH",
         help="instead, tiles, registers and occupancy of the CUDA C++ kernels compiled for ARCH, "
         "80 for sm_80",
     )
+
+    text = "run a small forward and backward pass on every backend that can run here"
+    command("doctor", _doctor, text)
 
     own = command("pretrain", _pretrain, "train a new model on plain text")
     _add_training(own)

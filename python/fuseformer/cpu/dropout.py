@@ -1,9 +1,9 @@
 """The dropout mask of `fuseformer.philox` on the CPU, compiled where the library is there.
 
-Elsewhere NumPy computes it: in place, block by block. Its integer loops are vectorised and cost less
-per call than PyTorch's. A block's counters and their six buffers stay in the caches. Two facts save
-passes: words 1 and 3 are read again only where the result is cut to 32 bits, so they may keep their
-upper halves, and the upper 16-bit number of a word is compared without being moved down.
+Elsewhere NumPy computes it: in place, block by block. Its integer loops are vectorised and cost
+less per call than PyTorch's. A block's counters and their six buffers stay in the caches. Two facts
+save passes: words 1 and 3 are read again only where the result is cut to 32 bits, so they may keep
+their upper halves, and the upper 16-bit number of a word is compared without being moved down.
 """
 
 from collections.abc import Sequence
