@@ -59,17 +59,46 @@ def test_the_library_loads_where_no_gpu_is(installation):
     said = python(
         installation,
         "import torch\n"
+        "from fuseformer import extension\n"
         "from fuseformer.cuda import library\n"
         "assert library.problem() is None\n"
         "ops = library.ops()\n"
         "print(ops.attention_forward.default._schema)\n"
-        "print(ops.runtime_version(), library.runs_on(86, library.build()['architectures']))\n"
+        "print(ops.runtime_version(), library.runs_on(86, extension.build()['architectures']))\n"
         "print(library.refusal(90)); print(library.refusal(80))\n",
     ).splitlines()
     assert said[0].startswith("fuseformer_cuda::attention_forward(Tensor q, Tensor k, Tensor v")
     assert said[1] == "13000 True"
     assert said[2] == "the CUDA C++ kernels were compiled for 80, not for sm_90"
     assert said[3] == "None" or "update the driver" in said[3]
+
+
+def test_the_library_for_the_cpu_decides_dropout_as_defined(installation):
+    said = python(
+        installation,
+        "import torch\n"
+        "from fuseformer import extension\n"
+        "from fuseformer.cpu.dropout import _numpy_keep_mask, keep_mask\n"
+        "assert extension.problem() is None\n"
+        "cases = [([0], [0], range(16), range(32)),\n"
+        "    ([3, 70000], [1], range(5, 77), range(31, 600)),\n"
+        "    ([1], [4, 0, 2], range(100, 101), range(7, 8)), ([], [1], range(3), range(3)),\n"
+        "    ([0], [1], range(0), range(5)), ([0], [1], range(5), range(0)),\n"
+        "    ([0], [0, 1], range(40), range(2000))]\n"
+        "for seed in (-1, 0, 2**63 - 1):\n"
+        "    for p in (0.0, 0.1, 1.0):\n"
+        "        for case in cases:\n"
+        "            compiled = keep_mask(torch.tensor(seed), p, *case)\n"
+        "            assert torch.equal(compiled, _numpy_keep_mask(torch.tensor(seed), p, *case))\n"
+        "op, i64 = torch.ops.fuseformer_cpu.dropout_mask, torch.tensor([0])\n"
+        "one, two = torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2, 2)\n"
+        "for keep, batches in ((one, i64), (two.bool(), i64), (one.bool(), i64.int())):\n"
+        "    try: op(torch.tensor(1), batches, i64, 0, 0, 5, keep)\n"
+        "    except RuntimeError as error: print(str(error).splitlines()[0])\n",
+    ).splitlines()
+    assert "keep: got another tensor than contiguous bools" in said[0]
+    assert "keep: got 1 batches of 2 heads, expected 1 of 1" in said[1]
+    assert "batches: got another tensor than contiguous int64 numbers" in said[2]
 
 
 def test_the_schemas_take_what_python_and_the_emulator_give(installation):
@@ -129,7 +158,7 @@ def test_the_record_and_the_tables(installation):
     assert row[4] == "256"
     assert int(row[6]) <= 255
     info = python(installation, "import fuseformer.cli as c; c.main(['info'])")
-    assert "CUDA C++     built with CUDA 13.0 for 80" in info
+    assert "built        with CUDA 13.0 for 80" in info
     # What Python says that there is, there is.
     tiles = python(
         installation,
@@ -155,7 +184,7 @@ def test_a_build_beside_the_sources_leaves_its_record_there(installation, tmp_pa
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / name)
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build.json", "*.egg-info")
-    for name in ("csrc", "kernels", "python", "build/extension"):
+    for name in ("build_tools", "csrc", "kernels", "python", "build/extension"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     environment = os.environ | {"FUSEFORMER_BUILD": "cuda", "FUSEFORMER_ARCHS": "80"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
@@ -176,14 +205,19 @@ def test_an_unchanged_build_compiles_nothing(installation, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"FUSEFORMER_BUILD": "fast"}, "FUSEFORMER_BUILD: got 'fast', expected auto, none or cuda"),
+        ({"FUSEFORMER_BUILD": "cpu", "CXX": "nowhere"}, "FUSEFORMER_BUILD=cpu: no C++ compiler"),
+        (
+            {"FUSEFORMER_BUILD": "fast"},
+            "FUSEFORMER_BUILD: got 'fast', expected auto, none, cpu, cuda",
+        ),
         ({"FUSEFORMER_ARCHS": "80,75"}, "FUSEFORMER_ARCHS: got '75', expected some of 80, "),
         (
             {"FUSEFORMER_BUILD": "auto", "FUSEFORMER_ARCHS": "sm_80"},
             "FUSEFORMER_ARCHS: got 'sm_80'",
         ),
         ({"CXX": "", "PATH": "/nowhere"}, "no C++ compiler 'g++' was found: install g++"),
-        ({"CXX": "ccache g++"}, "no C++ compiler 'ccache g++' was found"),
+        ({"CXX": "ccache-of-none g++"}, "no C++ compiler 'ccache-of-none g++' was found"),
+        ({"CXX": "false"}, "false does not run"),
         ({"MAX_JOBS": "many"}, "MAX_JOBS: got 'many', expected a number of compilers"),
     ],
 )
@@ -195,14 +229,69 @@ def test_what_is_missing_is_said_with_the_remedy(changes, said, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_an_old_compiler_is_named(tmp_path):
-    home = tmp_path / "cuda"
+def toolkit(folder, says):
+    home = folder / "cuda"
     (home / "bin").mkdir(parents=True)
     (home / "lib64").mkdir()
     (home / "lib64/libcudart_static.a").touch()
     nvcc = home / "bin/nvcc"
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    nvcc.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo '{says}'\n")
     nvcc.chmod(0o755)
-    done = build_into(tmp_path / "out", CUDA_HOME=str(home))
+    return str(home)
+
+
+@pytest.mark.parametrize(
+    ("says", "said"),
+    [
+        ("Cuda compilation tools, release 11.8, V11.8.89", "is CUDA 11.8, 12.4 or newer is needed"),
+        ("no such driver", "nvcc does not run, it says 'no such driver'"),
+    ],
+)
+def test_a_compiler_that_will_not_do_is_named(says, said, tmp_path):
+    home = toolkit(tmp_path, says)
+    done = build_into(tmp_path / "out", CUDA_HOME=home)
     assert done.returncode == 1
-    assert "is CUDA 11.8; 12.8 or newer is needed" in done.stderr
+    assert said in done.stderr
+    # Nobody asked for it by name: then the library for the CPU is built, and it is said why.
+    done = build_into(tmp_path / "out", CUDA_HOME=home, FUSEFORMER_BUILD="auto")
+    assert done.returncode == 0, done.stderr
+    assert "building in mode 'cpu'; not cuda: " in done.stderr
+    assert said in done.stderr
+    built = json.loads((tmp_path / "out/fuseformer/_build.json").read_text())
+    assert built["mode"] == "cpu"
+    assert said in built["refused"][0]
+
+
+def test_an_older_toolkit_compiles_what_it_knows(tmp_path):
+    """12.4 has no sm_100 and sm_120: they are left out by default, and refused by name."""
+    home = toolkit(tmp_path, "Cuda compilation tools, release 12.4, V12.4.99")
+    done = build_into(tmp_path / "out", CUDA_HOME=home, FUSEFORMER_ARCHS="")
+    assert "building in mode 'cuda' with CUDA 12.4 for 80, 90+PTX" in done.stderr
+    done = build_into(tmp_path / "out", CUDA_HOME=home, FUSEFORMER_ARCHS="80,120")
+    assert "FUSEFORMER_ARCHS: got '120', expected some of 80, 86, 87, 89, 90, each" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("build_tools", "csrc", "kernels", "python"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
+    (tmp_path / "build").touch()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "out")]
+    environment = os.environ | {"FUSEFORMER_BUILD": "cpu"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "build/extension cannot be written" in done.stderr
+    assert "build from a copy of the sources in a folder that can" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_source_is_compiled_anew_for_its_own_headers_alone(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "build_tools"))
+    library = pytest.importorskip("library")
+    texts = library._texts(library.SOURCES / "attention/forward_bf16.cu")
+    assert {"attention/forward_kernel.h", "device/mma.h", "device/platform.h"} <= set(texts)
+    assert not any(name.startswith("feed_forward/") for name in texts)
+    assert "attention/forward_kernel.h" not in library._texts(library.SOURCES / "library.cpp")
