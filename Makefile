@@ -6,13 +6,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 WORKERS ?= 2
 
-.PHONY: help demo test sanitize compile-matrix lint format clean
+# Two builds of one commit are the same, byte by byte.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
+WHEEL := $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+.PHONY: help demo test test-packaging sanitize compile-matrix wheel wheel-cuda sdist lint format clean
 
 help:
 	@echo "make demo            pretrain, tune, judge and report, in minutes on two cores"
 	@echo "make test            the whole test suite, no GPU needed"
 	@echo "make sanitize        the kernels with all their options, executed on the CPU (an hour)"
 	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (half an hour)"
+	@echo "make wheel           a wheel for this Python, with the library for CPUs, in dist"
+	@echo "make wheel-cuda      the same with the CUDA C++ kernels"
+	@echo "make sdist           the sources as a package, in dist"
+	@echo "make test-packaging  builds, installs and removes what users install, in every way"
 	@echo "make lint            ruff, mypy and clang-format, as in CI"
 	@echo "make format          let ruff and clang-format rewrite the sources"
 	@echo "make clean           remove .venv and everything built"
@@ -32,6 +40,18 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
+
+test-packaging: $(READY)
+	FUSEFORMER_PACKAGING=full $(BIN)/python -m pytest -q tests/test_packaging.py
+
+wheel: $(READY)
+	FUSEFORMER_BUILD=cpu $(WHEEL)
+
+wheel-cuda: $(READY)
+	FUSEFORMER_BUILD=cuda $(WHEEL)
+
+sdist: $(READY)
+	FUSEFORMER_BUILD=none $(BIN)/python -m build --no-isolation --sdist --outdir dist
 
 sanitize: $(READY)
 	FUSEFORMER_SANITIZE=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \

@@ -133,11 +133,25 @@ class Library:
         self._link(target, [path for path, _ in made])
         return [row for _, log in made for row in resources(log)]
 
+    def _without_places(self, command: list) -> list[str]:
+        """Return a command that is the same wherever the sources, torch, CUDA and Python lie."""
+        places = {
+            SOURCES: "csrc",
+            self.tools.torch_include: "torch",
+            self.tools.cuda_home: "cuda",
+            Path(sysconfig.get_path("include")): "python",  # its limited interface alone is used
+        }
+        words = [str(word) for word in command]
+        for place, name in places.items():
+            if place is not None:
+                words = [word.replace(str(place), name) for word in words]
+        return words
+
     def _compiled(self, source: str, command: list) -> tuple[Path, str]:
         """Return the object of a source, and what its compiler said, made once for one input."""
         path = SOURCES / source
         tools = (self.tools.cxx_version, self.tools.torch_version, self.tools.cuda)
-        text = repr((_texts(path), [*map(str, command)], tools))
+        text = repr((_texts(path), self._without_places(command), tools))
         key = hashlib.sha256(text.encode()).hexdigest()[:24]
         target = CACHE / f"{key}-{path.stem}.o"
         log = target.with_suffix(".log")

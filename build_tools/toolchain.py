@@ -99,10 +99,10 @@ def find_torch() -> tuple[Path, str]:
 
 def find_cuda() -> tuple[Path, tuple[int, int]]:
     """Return a CUDA toolkit, whose nvcc and static runtime are there, and its version."""
-    nvcc = shutil.which("nvcc")
-    places = [os.environ.get("CUDA_HOME"), *(p / "nvidia/cu13" for p in package_folders())]
-    places += [Path(nvcc).resolve().parents[1] if nvcc else None, "/usr/local/cuda"]
-    for home in (Path(place) for place in places if place):
+    named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    places = [folder / "nvidia/cu13" for folder in package_folders()]
+    places += [Path(nvcc).resolve().parents[1]] if nvcc else []
+    for home in [Path(named)] if named else [*places, Path("/usr/local/cuda")]:
         compiler = home / "bin/nvcc"
         if not compiler.exists() or cuda_libraries(home) is None:
             continue
@@ -123,9 +123,10 @@ def find_cuda() -> tuple[Path, tuple[int, int]]:
                 "is needed: pip install 'fuseformer[cuda]' brings one, CUDA_HOME names one"
             )
         return home, known
+    looked = f"CUDA_HOME={named}" if named else "this environment, PATH or /usr/local/cuda"
     raise Missing(
-        "no nvcc with libcudart_static.a was found in CUDA_HOME, this environment, PATH or "
-        "/usr/local/cuda: pip install 'fuseformer[cuda]' brings both"
+        f"no nvcc with libcudart_static.a was found in {looked}: pip install 'fuseformer[cuda]' "
+        "brings both, CUDA_HOME names a toolkit"
     )
 
 
