@@ -1,7 +1,8 @@
 """``python -m bench NAME``: verify, time, print, and write JSON and a plot.
 
 ``python -m bench scores`` and ``python -m bench bytes`` look at the Triton kernels without a GPU,
-``python -m bench cuda`` at those in CUDA C++; each says what it does with ``--help``.
+``python -m bench cuda`` at those in CUDA C++, ``python -m bench build`` at what it takes to build
+the package; each says what it does with ``--help``.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from .report import save, table
 
 BENCHMARKS = ("attention", "feed_forward", "layer", "train_step")
 #: Commands with arguments of their own, and their modules.
-MEASURES = {"scores": "scores", "bytes": "traffic", "cuda": "cuda_kernels"}
+MEASURES = {"scores": "scores", "bytes": "traffic", "cuda": "cuda_kernels", "build": "build"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

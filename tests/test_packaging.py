@@ -1,6 +1,6 @@
 """What users install: built in every mode and way, installed elsewhere, called, removed.
 
-``make test-packaging`` runs all of it. Without FUSEFORMER_PACKAGING=full only what takes seconds is.
+`make test-packaging` runs all of it. Without FUSEFORMER_PACKAGING=full only what is quick is.
 """
 
 import json
