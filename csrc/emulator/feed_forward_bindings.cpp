@@ -1,5 +1,6 @@
 // The emulator with the feed-forward kernels for Python: the calls that ship, from tensors on.
 #include "../feed_forward/feed_forward.h"
+#include "../feed_forward/gated.h"
 #include "../feed_forward/linear.h"
 #include "python.h"
 #include "tensor_argument.h"
@@ -46,6 +47,33 @@ PYBIND11_MODULE(_emulator, m) {
     a.dropout_threshold = args[5].cast<int64_t>();
     a.dropout_scale = args[6].cast<double>();
     run_activation_gradient(a, nullptr);
+  });
+  m.def("gated_activation", [](const py::args& args) {
+    GatedArguments a;
+    a.x = view("x", args[0]);
+    a.w_gate = view("w_gate", args[1]);
+    a.w_up = view("w_up", args[2]);
+    a.act = view("act", args[3]);
+    a.gate_pre = view("gate_pre", args[4]);
+    a.up = view("up", args[5]);
+    a.seed = view("seed", args[6]);
+    a.activation = args[7].cast<std::string>();
+    a.dropout_threshold = args[8].cast<int64_t>();
+    a.dropout_scale = args[9].cast<double>();
+    run_gated_activation(a, nullptr);
+  });
+  m.def("gated_gradient", [](const py::args& args) {
+    GatedGradientArguments a;
+    a.dact = view("dact", args[0]);
+    a.gate_pre = view("gate_pre", args[1]);
+    a.up = view("up", args[2]);
+    a.dup = view("dup", args[3]);
+    a.act = view("act", args[4]);
+    a.seed = view("seed", args[5]);
+    a.activation = args[6].cast<std::string>();
+    a.dropout_threshold = args[7].cast<int64_t>();
+    a.dropout_scale = args[8].cast<double>();
+    run_gated_gradient(a, nullptr);
   });
 }
 

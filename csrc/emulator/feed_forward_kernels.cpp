@@ -1,4 +1,5 @@
 // The feed-forward kernels, compiled for the emulator from the source that ships.
+#include "../feed_forward/gated_launch.h"
 #include "../feed_forward/launch.h"
 #include "../feed_forward/linear_launch.h"
 
@@ -11,5 +12,9 @@ template const char* linear_activation<Bfloat16>(const LinearParams&, Stream);
 template const char* linear_activation<Half>(const LinearParams&, Stream);
 template const char* activation_gradient<Bfloat16>(const ActivationGradientParams&, Stream);
 template const char* activation_gradient<Half>(const ActivationGradientParams&, Stream);
+template const char* gated_activation<Bfloat16>(const LinearParams&, Stream);
+template const char* gated_activation<Half>(const LinearParams&, Stream);
+template const char* gated_gradient<Bfloat16>(const GatedGradientParams&, Stream);
+template const char* gated_gradient<Half>(const GatedGradientParams&, Stream);
 
 }  // namespace fuseformer

@@ -127,7 +127,7 @@ def build_feed_forward(
         mode,
         kernels or sources / "emulator" / "feed_forward_kernels.cpp",
         bindings="feed_forward_bindings",
-        host=("feed_forward/feed_forward.cpp", "feed_forward/linear.cpp"),
+        host=tuple(f"feed_forward/{name}.cpp" for name in ("feed_forward", "gated", "linear")),
         sources=sources,
     )
 

@@ -27,8 +27,12 @@ def saves_pre(width: int, out_width: int, dtype: torch.dtype) -> bool:
     return width != out_width or width not in RESIDENT_WIDTHS
 
 
-def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[Tensor | None, int, float]:
-    return seed if dropout_p else None, dropout_threshold(dropout_p), dropout_scale(dropout_p)
+def dropout_arguments(
+    seed: Tensor | None, activation: str, dropout_p: float
+) -> tuple[Tensor | None, str, int, float]:
+    """Return the arguments that the compiled ops end with."""
+    drops = seed if dropout_p else None
+    return drops, activation, dropout_threshold(dropout_p), dropout_scale(dropout_p)
 
 
 def feed_forward_forward(
@@ -45,18 +49,18 @@ def feed_forward_forward(
 
     That is (T, hidden), or else empty (0,).
     """
-    drops, threshold, factor = _dropout(seed, dropout_p)
+    dropout = dropout_arguments(seed, activation, dropout_p)
     b1, b2 = (None if b is None else aligned(b) for b in (b1, b2))
     x, w1 = aligned(x), aligned(w1)
     if not saves_pre(x.shape[1], w2.shape[0], x.dtype):
         y = x.new_empty(x.shape)
         library.ops().feed_forward_forward(
-            x, w1.contiguous(), b1, aligned(w2), b2, y, drops, activation, threshold, factor
+            x, w1.contiguous(), b1, aligned(w2), b2, y, *dropout
         )
         return y, x.new_empty(0)
     act = x.new_empty(x.shape[0], w1.shape[0])
     pre = torch.empty_like(act)
-    library.ops().linear_activation(x, w1, b1, act, pre, drops, activation, threshold, factor)
+    library.ops().linear_activation(x, w1, b1, act, pre, *dropout)
     return F.linear(act, w2, b2), pre
 
 
@@ -79,8 +83,8 @@ def feed_forward_backward(
     if b1 is not None:
         blocks = -(-x.shape[0] // _ROWS_OF_SUMS)
         sums = x.new_empty((blocks, w1.shape[0]), dtype=torch.float32)
-    drops, threshold, factor = _dropout(seed, dropout_p)
-    library.ops().activation_gradient(gradient, act, sums, drops, activation, threshold, factor)
+    dropout = dropout_arguments(seed, activation, dropout_p)
+    library.ops().activation_gradient(gradient, act, sums, *dropout)
     db1 = None if sums is None else sums.sum(0).to(x.dtype)
     dw1, dw2 = gradient.T @ x, dy.T @ act
     return gradient @ w1, dw1, db1, dw2, dy.sum(0) if has_b2 else None
