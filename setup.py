@@ -37,6 +37,7 @@ HOST_SOURCES = (
     "attention/attention.cpp",
     "attention/decode.cpp",
     "feed_forward/feed_forward.cpp",
+    "feed_forward/few_rows.cpp",
     "feed_forward/gated.cpp",
     "feed_forward/linear.cpp",
 )
@@ -47,6 +48,7 @@ KERNEL_SOURCES = tuple(
         "attention/forward",
         "attention/decode",
         "feed_forward/forward",
+        "feed_forward/few_rows",
         "feed_forward/gated",
         "feed_forward/linear",
     )

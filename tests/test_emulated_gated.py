@@ -3,11 +3,9 @@
 import pytest
 import torch
 from emulated import EmulatorError, Kernels
-from emulator_build import build_feed_forward, build_planted
+from emulator_build import build_feed_forward, build_planted, feed_forward_unit
 from gated_checks import GatedCase as Case
 from gated_checks import check_gated, check_gated_dropout
-
-import fuseformer as ff
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -210,33 +208,7 @@ def test_the_compiled_gradient_names_what_is_wrong(plain):
 # Planted bugs
 # ------------------------------------------------------------------------------------------------
 
-KERNELS = """
-#include "feed_forward/gated_launch.h"
-#include "feed_forward/launch.h"
-namespace fuseformer {
-template const char* gated_activation<Bfloat16>(const LinearParams&, Stream);
-template const char* gated_gradient<Bfloat16>(const GatedGradientParams&, Stream);
-#define NOT_BUILT(function, Params)                                           \\
-  template <>                                                                 \\
-  const char* function(const Params&, Stream) {                               \\
-    return "not built";                                                       \\
-  }
-NOT_BUILT(gated_activation<Half>, LinearParams)
-NOT_BUILT(gated_gradient<Half>, GatedGradientParams)
-NOT_BUILT(linear_activation<Half>, LinearParams)
-NOT_BUILT(linear_activation<Bfloat16>, LinearParams)
-NOT_BUILT(activation_gradient<Half>, ActivationGradientParams)
-NOT_BUILT(activation_gradient<Bfloat16>, ActivationGradientParams)
-template <>
-const char* feed_forward_forward<Half>(const FeedForwardParams&, int, Activation, Stream) {
-  return "not built";
-}
-template <>
-const char* feed_forward_forward<Bfloat16>(const FeedForwardParams&, int, Activation, Stream) {
-  return "not built";
-}
-}  // namespace fuseformer
-"""
+KERNELS = feed_forward_unit("gated_activation", "gated_gradient")
 LINEAR, GRADIENT = "feed_forward/linear_kernel.h", "feed_forward/gated_gradient_kernel.h"
 TRAITS = "feed_forward/linear_traits.h"
 WIDE = Case((130, 136, 264, 40), "gelu", BF16, 0.1)

@@ -5,7 +5,7 @@ import torch
 from block_checks import FeedForwardCase as Case
 from block_checks import check_feed_forward, check_feed_forward_dropout
 from emulated import EmulatorError, Kernels
-from emulator_build import build_feed_forward, build_planted
+from emulator_build import build_feed_forward, build_planted, feed_forward_unit
 
 import fuseformer as ff
 
@@ -133,28 +133,7 @@ def test_the_compiled_op_names_what_is_wrong(place, wrong, said, plain):
 # Planted bugs
 # ------------------------------------------------------------------------------------------------
 
-KERNELS = """
-#include "feed_forward/launch.h"
-#include "feed_forward/linear_launch.h"
-namespace fuseformer {
-template const char* linear_activation<Bfloat16>(const LinearParams&, Stream);
-template const char* activation_gradient<Bfloat16>(const ActivationGradientParams&, Stream);
-template <>
-const char* linear_activation<Half>(const LinearParams&, Stream) { return "not built"; }
-template <>
-const char* activation_gradient<Half>(const ActivationGradientParams&, Stream) {
-  return "not built";
-}
-template <>
-const char* feed_forward_forward<Half>(const FeedForwardParams&, int, Activation, Stream) {
-  return "not built";
-}
-template <>
-const char* feed_forward_forward<Bfloat16>(const FeedForwardParams&, int, Activation, Stream) {
-  return "not built";
-}
-}  // namespace fuseformer
-"""
+KERNELS = feed_forward_unit("linear_activation", "activation_gradient")
 LINEAR, GRADIENT = "feed_forward/linear_kernel.h", "feed_forward/gradient_kernel.h"
 ACTIVATION, TILE = "feed_forward/activation.h", "device/tile.h"
 WIDE = Case((130, 136, 264, 40), "gelu", BF16, 0.1)

@@ -89,6 +89,13 @@ class Ops:
     def gated_gradient(self, *arguments: Any) -> None:
         self._call(self.emulator.gated_gradient, arguments, written=(0, 3, 4))
 
+    def few_rows_hidden(self, *arguments: Any) -> None:
+        written = tuple(place for place in (4, 5, 6) if arguments[place] is not None)
+        self._call(self.emulator.few_rows_hidden, arguments, written)
+
+    def few_rows_output(self, *arguments: Any) -> None:
+        self._call(self.emulator.few_rows_output, arguments, written=(4,))
+
     def _call(self, function: Any, arguments: tuple[Any, ...], written: tuple[int, ...]) -> None:
         """Call `function`, and copy back the tensors at the places `written`."""
         self.emulator.report()
