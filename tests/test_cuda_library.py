@@ -88,6 +88,7 @@ def feed_forward(width, *, out=None, gated=False, **changes):
         (feed_forward(128, activation="relu"), "triton", "score better with ReLU"),
         (feed_forward(512, activation="relu"), "triton", "score better with ReLU"),
         (feed_forward(128, trains=True), "triton", "its backward pass"),
+        (feed_forward(128, activation="silu"), "triton", "scores better with SiLU"),
         (feed_forward(96), "triton", "one kernel for both products of every width up to 256"),
         (feed_forward(128, out=64), "triton", "one kernel for both products"),
         (feed_forward(128, capability=90), "triton", "instructions that only these GPUs have"),

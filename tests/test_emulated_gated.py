@@ -1,11 +1,17 @@
 """Gated feed-forward by CUDA C++ kernels, executed on the CPU from the source that ships."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from emulated import EmulatorError, Kernels
 from emulator_build import build_feed_forward, build_planted, feed_forward_unit
+from fakes import FakesAgree
 from gated_checks import GatedCase as Case
 from gated_checks import check_gated, check_gated_dropout
+
+import fuseformer as ff
+from fuseformer.testing import assert_close_to_reference
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -151,6 +157,57 @@ def test_every_result_repeats_to_the_last_bit_in_any_order(plain):
         runs.append(plain.gated_feed_forward_forward(x, w, w, w.T, None, "gelu", 0.0))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+CALLS = {
+    "gated": lambda x, a, b, c, **o: ff.gated_feed_forward(x, a, b, c.T, **o),
+    "plain": lambda x, a, b, c, **o: ff.feed_forward(x, a, None, c.T, None, **o),
+}
+
+
+@pytest.mark.parametrize("tokens", [7, 21])
+@pytest.mark.parametrize("name", CALLS)
+def test_the_public_ops_with_gradients(name, tokens, plain):
+    """Results lie as fakes promise, and nothing is saved where no backward pass follows."""
+    plain.emulator.set_options(False, 1, "late", "exact", 80)
+    torch.manual_seed(0)
+    inputs = [torch.randn(*s).to(BF16) for s in ((tokens, 40), (72, 40), (72, 40), (72, 40))]
+    inputs[0] = inputs[0].view(1, tokens, 40)
+    call, options = CALLS[name], {"activation": "silu", "dropout_p": 0.2, "seed": 3}
+    results = []
+    for backend, dtype in (("cuda", BF16), ("reference", BF16), ("reference", torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        used = leaves if name == "gated" else [leaves[0], leaves[1], leaves[3]]
+        with plain.installed(), ff.explain() as decisions, FakesAgree() as agree:
+            y = call(*leaves, backend=backend, **options)
+            gradients = torch.autograd.grad(y.float().square().sum(), used)
+            if backend == "cuda":
+                with torch.no_grad():
+                    assert torch.equal(call(*leaves, backend=backend, **options), y)
+        if backend == "cuda":
+            assert len(agree.seen) == 3
+            assert [d.backend for d in decisions.decisions] == ["cuda"] * 2
+            assert [d.request.trains for d in decisions.decisions] == [True, False]
+            assert decisions.decisions[0].request.activation == "silu"
+        results.append([y, *gradients])
+    for place, (got, low, exact) in enumerate(zip(*results, strict=True)):
+        assert_close_to_reference(got, exact, low, factor=3.0 if place else 2.0)
+
+
+def test_products_that_were_not_saved_are_computed_again(plain):
+    plain.emulator.set_options(False, 1, "late", "exact", 80)
+
+    def forward(*arguments):
+        y, *firsts = plain.gated_feed_forward_forward(*arguments, False)
+        assert all(first.shape == (0,) for first in firsts)
+        return y, *firsts
+
+    unsaved = SimpleNamespace(
+        gated_feed_forward_forward=forward,
+        gated_feed_forward_backward=plain.gated_feed_forward_backward,
+    )
+    for tokens in (9, 40):
+        check_gated(unsaved, Case((tokens, 40, 72, 40), "silu", BF16, 0.2))
 
 
 def matrices(**changed):

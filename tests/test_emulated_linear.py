@@ -29,7 +29,7 @@ CASES = [
     Case((33, 320, 96, 320), "gelu", BF16, 0.5),
     Case((17, 320, 96, 320), "gelu", FP16, biases=False),
     Case((130, 24, 40, 8), "gelu_tanh", BF16),
-    Case((16, 40, 128, 40), "gelu_tanh", FP16, 0.1, biases=False),
+    Case((19, 40, 128, 40), "gelu_tanh", FP16, 0.1, biases=False),
     Case((31, 40, 72, 264), "silu", BF16, 0.2),
     Case((63, 96, 104, 96), "silu", FP16, biases=False),
     Case((300, 64, 520, 40), "gelu", BF16, 0.1),
@@ -76,13 +76,14 @@ def test_the_product_has_no_bank_conflict(shadow):
 
 def test_values_that_are_not_finite_stay_where_they_are(plain):
     """An infinite token makes its own row so, as in PyTorch, and no other."""
-    x, w1 = torch.randn(5, 16).to(FP16), torch.randn(24, 16).to(FP16)
+    x, w1 = torch.randn(20, 16).to(FP16), torch.randn(24, 16).to(FP16)
     x[2, 3], x[4, 0] = torch.inf, torch.nan
     w2 = torch.randn(16, 24).to(FP16)
+    others = [row for row in range(20) if row not in (2, 4)]
     for activation in ("relu", "gelu", "gelu_tanh", "silu"):
         y, pre = plain.feed_forward_forward(x, w1, None, w2, None, None, activation, 0.0)
-        assert pre[[0, 1, 3]].isfinite().all()
-        assert y[[0, 1, 3]].isfinite().all()
+        assert pre[others].isfinite().all()
+        assert y[others].isfinite().all()
         assert not pre[2].isfinite().any()
         assert y[4].isnan().all()
 
@@ -220,7 +221,7 @@ BUGS = {
         WRONG,
     ),
     "the mask of the gradient is another": (
-        GRADIENT,
+        "feed_forward/dropout.h",
         "row / 8 % 2",
         "row / 4 % 2",
         TANH,
