@@ -46,7 +46,9 @@ FUSEFORMER_DEVICE void multiply_few_rows(const FewRowsParams& params, int block_
     x_rows[half] = static_cast<const char*>(params.x.data) + 2 * (row * params.x.row_stride);
   }
 
-  // Of a chunk a lane has two sixteens of each of its rows of weights, then of its tokens.
+  // Of a chunk a lane has two sixteens of each of its rows of weights, then of its tokens; those of
+  // the other lanes lie between.
+  constexpr int kRowBytes = 16 * 32, kPartBytes = (kTiles + 2) * kRowBytes;
   const int mine = warp * Traits::kStages * Traits::kStageBytes + 16 * lane;
   const SharedAddress stages = shared_address(dynamic_shared()) + mine;
   const auto begin_copies = [&](int first, int stage) {
@@ -55,16 +57,16 @@ FUSEFORMER_DEVICE void multiply_few_rows(const FewRowsParams& params, int block_
       for (int part = 0; part < 2; ++part) {
         const int column = first + 32 * part + lane % 4 * 8;
         const bool exists = column < end;
-        const SharedAddress target = stages + stage + part * (kTiles + 2) * 512;
+        const SharedAddress target = stages + stage + part * kPartBytes;
         FUSEFORMER_UNROLL
         for (int tile = 0; tile < kTiles; ++tile) {
-          copy_async_16_or_zero(target + tile * 512, w_rows[tile] + int64_t{2} * column,
+          copy_async_16_or_zero(target + tile * kRowBytes, w_rows[tile] + int64_t{2} * column,
                                 exists && w_exists[tile]);
         }
         FUSEFORMER_UNROLL
         for (int half = 0; half < 2; ++half) {
-          copy_async_16_or_zero(target + (kTiles + half) * 512, x_rows[half] + int64_t{2} * column,
-                                exists && x_exists[half]);
+          copy_async_16_or_zero(target + (kTiles + half) * kRowBytes,
+                                x_rows[half] + int64_t{2} * column, exists && x_exists[half]);
         }
       }
     }
@@ -85,14 +87,14 @@ FUSEFORMER_DEVICE void multiply_few_rows(const FewRowsParams& params, int block_
     begin_copies(first + (Traits::kStages - 1) * kStep, before);
     FUSEFORMER_UNROLL
     for (int part = 0; part < 2; ++part) {
-      const unsigned char* source = dynamic_shared() + mine + stage + part * (kTiles + 2) * 512;
+      const unsigned char* source = dynamic_shared() + mine + stage + part * kPartBytes;
       Sixteen low, high;
-      copy_16(&low, source + kTiles * 512);
-      copy_16(&high, source + (kTiles + 1) * 512);
+      copy_16(&low, source + kTiles * kRowBytes);
+      copy_16(&high, source + (kTiles + 1) * kRowBytes);
       FUSEFORMER_UNROLL
       for (int tile = 0; tile < kTiles; ++tile) {
         Sixteen b;
-        copy_16(&b, source + tile * 512);
+        copy_16(&b, source + tile * kRowBytes);
         FUSEFORMER_UNROLL
         for (int i = 0; i < 4; i += 2) {
           const uint32_t a[4] = {low.words[i], high.words[i], low.words[i + 1], high.words[i + 1]};
