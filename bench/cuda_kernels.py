@@ -26,14 +26,21 @@ from .loops import product_loops
 SOURCES = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 #: Head dims of each pass, and of the backward with other tiles where there is less shared memory;
-#: widths of the feed-forward block, and of the tiles of a product that ends in the activation.
+#: widths of the feed-forward block, rows of the tiles of products that end in the activation, and
+#: first products of a block of few rows, 2 of a gated one.
 PASSES = {
     ("forward", False): (32, 64, 96, 128, 256),
     ("backward", False): (32, 64, 96, 128),
     ("backward", True): (96, 128),
     ("feed-forward", False): (64, 128, 256),
     ("linear", False): (128,),
+    ("gated", False): (128,),
+    ("gated gradient", False): (0,),
+    ("few-rows", False): (1, 2),
+    ("few-rows output", False): (1,),
 }
+#: Passes that are bound by memory: what a score says of the loop does not matter.
+UNSCORED = ("gated gradient", "few-rows", "few-rows output")
 ELEMENTS = {"bf16": "Bfloat16", "fp16": "Half"}
 #: Scores on sm_80 in bf16 without dropout: at most these. A backward pass has five products. The
 #: feed-forward block has the activation relu: others are bound by their arithmetic.
@@ -50,6 +57,7 @@ GOALS = {
     ("feed-forward", 128): 1.20,
     ("feed-forward", 256): 1.20,
     ("linear", 128): 1.15,
+    ("gated", 128): 1.15,
 }
 #: The same of flash-attention 2, in the binary that torch 2.14.1 holds: measured once, not here.
 FLASH_ATTENTION_2 = {
@@ -71,7 +79,7 @@ class Kernel:
     """One instantiation."""
 
     which: str
-    head_dim: int  # or the width, or the rows of a tile
+    head_dim: int  # or what `PASSES` says
     dtype: str
     dropout: bool
     small: bool = False  # with the tiles for GPUs that have little shared memory
@@ -85,10 +93,20 @@ class Kernel:
                 f"feed_forward_forward_kernel<{config}, Activation::kRelu, {self._flag}>",
                 "FeedForwardParams",
             )
-        if self.which == "linear":
-            traits = f"LinearTraits<{ELEMENTS[self.dtype]}>"
+        if self.which in ("linear", "gated"):
+            traits = f"LinearTraits<{ELEMENTS[self.dtype]}, {1 + (self.which == 'gated')}>"
             kernel = f"linear_kernel<{traits}, {self._flag}>"
             return self._source("feed_forward/linear_kernel.h", kernel, "LinearParams")
+        if self.which == "gated gradient":
+            kernel = f"gated_gradient_kernel<{ELEMENTS[self.dtype]}, {self._flag}>"
+            return self._source(
+                "feed_forward/gated_gradient_kernel.h", kernel, "GatedGradientParams"
+            )
+        if self.which.startswith("few-rows"):
+            traits = f"FewRowsTraits<{ELEMENTS[self.dtype]}, {self.head_dim}>"
+            part = "output" if "output" in self.which else "hidden"
+            kernel = f"few_rows_{part}_kernel<{traits}>"
+            return self._source("feed_forward/few_rows_kernel.h", kernel, "FewRowsParams")
         params = {"forward": "AttentionParams", "backward": "AttentionGradientParams"}[self.which]
         name = f"{'Small' * self.small}{self.which.title()}Config"
         config = f"{name}<{ELEMENTS[self.dtype]}, {self.head_dim}>"
@@ -151,7 +169,7 @@ def measure(kernel: Kernel, architecture: int) -> Result:
     binary = compile_kernel(kernel, architecture)
     registers, spilled = binaries.resources(binary)
     scores: list[float] = []
-    if architecture in binaries.MACS_PER_CYCLE:
+    if architecture in binaries.MACS_PER_CYCLE and kernel.which not in UNSCORED:
         rate = binaries.MACS_PER_CYCLE[architecture]
         loops = product_loops(binaries.disassemble(binary))
         scores = sorted(round(loop.cycles * rate / loop.macs, 3) for loop in loops)
@@ -169,6 +187,7 @@ def kernels(dtypes: list[str]) -> list[Kernel]:
         Kernel(which, dim, dtype, dropout, small)
         for (which, small), dims in PASSES.items()
         for dim, dtype, dropout in itertools.product(dims, dtypes, (False, True))
+        if not (dropout and which.startswith("few-rows"))  # it is no constant there
     ]
 
 

@@ -25,6 +25,8 @@ CUDA_SOURCES = (
     "attention/attention.cpp",
     "attention/decode.cpp",
     "feed_forward/feed_forward.cpp",
+    "feed_forward/few_rows.cpp",
+    "feed_forward/gated.cpp",
     "feed_forward/linear.cpp",
 )
 KERNEL_SOURCES = tuple(
@@ -34,6 +36,8 @@ KERNEL_SOURCES = tuple(
         "attention/forward",
         "attention/decode",
         "feed_forward/forward",
+        "feed_forward/few_rows",
+        "feed_forward/gated",
         "feed_forward/linear",
     )
     for dtype in ("bf16", "fp16")

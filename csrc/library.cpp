@@ -14,6 +14,8 @@
 #include "attention/attention.h"
 #include "attention/decode.h"
 #include "feed_forward/feed_forward.h"
+#include "feed_forward/few_rows.h"
+#include "feed_forward/gated.h"
 #include "feed_forward/linear.h"
 
 // Only the CUDA builds of torch have it: where it is missing no CUDA tensor gets here.
@@ -237,6 +239,76 @@ void activation_gradient(const Tensor& dact, const Tensor& pre, const std::optio
   run_activation_gradient(a, current_stream(a.dact.device));
 }
 
+void gated_activation(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& act,
+                      const std::optional<Tensor>& gate_pre, const std::optional<Tensor>& up,
+                      const std::optional<Tensor>& seed, const std::string& activation,
+                      int64_t dropout_threshold, double dropout_scale) {
+  fuseformer::GatedArguments a;
+  a.x = view("x", x);
+  a.w_gate = view("w_gate", w_gate);
+  a.w_up = view("w_up", w_up);
+  a.act = view("act", act);
+  a.gate_pre = view("gate_pre", gate_pre);
+  a.up = view("up", up);
+  a.seed = view("seed", seed);
+  a.activation = activation;
+  a.dropout_threshold = dropout_threshold;
+  a.dropout_scale = dropout_scale;
+  const torch::stable::accelerator::DeviceGuard guard(a.x.device);
+  run_gated_activation(a, current_stream(a.x.device));
+}
+
+void gated_gradient(const Tensor& dact, const Tensor& gate_pre, const Tensor& up, const Tensor& dup,
+                    const Tensor& act, const std::optional<Tensor>& seed,
+                    const std::string& activation, int64_t dropout_threshold,
+                    double dropout_scale) {
+  fuseformer::GatedGradientArguments a;
+  a.dact = view("dact", dact);
+  a.gate_pre = view("gate_pre", gate_pre);
+  a.up = view("up", up);
+  a.dup = view("dup", dup);
+  a.act = view("act", act);
+  a.seed = view("seed", seed);
+  a.activation = activation;
+  a.dropout_threshold = dropout_threshold;
+  a.dropout_scale = dropout_scale;
+  const torch::stable::accelerator::DeviceGuard guard(a.dact.device);
+  run_gated_gradient(a, current_stream(a.dact.device));
+}
+
+void few_rows_hidden(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
+                     const std::optional<Tensor>& w_up, const Tensor& act,
+                     const std::optional<Tensor>& pre, const std::optional<Tensor>& up,
+                     const std::optional<Tensor>& seed, const std::string& activation,
+                     int64_t dropout_threshold, double dropout_scale) {
+  fuseformer::FewRowsHiddenArguments a;
+  a.x = view("x", x);
+  a.w1 = view("w1", w1);
+  a.b1 = view("b1", b1);
+  a.w_up = view("w_up", w_up);
+  a.act = view("act", act);
+  a.pre = view("pre", pre);
+  a.up = view("up", up);
+  a.seed = view("seed", seed);
+  a.activation = activation;
+  a.dropout_threshold = dropout_threshold;
+  a.dropout_scale = dropout_scale;
+  const torch::stable::accelerator::DeviceGuard guard(a.x.device);
+  run_few_rows_hidden(a, current_stream(a.x.device));
+}
+
+void few_rows_output(const Tensor& act, const Tensor& w2, const std::optional<Tensor>& b2,
+                     const std::optional<Tensor>& partial, const Tensor& y) {
+  fuseformer::FewRowsOutputArguments a;
+  a.act = view("act", act);
+  a.w2 = view("w2", w2);
+  a.b2 = view("b2", b2);
+  a.partial = view("partial", partial);
+  a.y = view("y", y);
+  const torch::stable::accelerator::DeviceGuard guard(a.act.device);
+  run_few_rows_output(a, current_stream(a.act.device));
+}
+
 int64_t attention_step_rows(const Tensor& q) {
   const TensorView seen = view("q", q);
   const torch::stable::accelerator::DeviceGuard guard(seen.device);
@@ -269,6 +341,20 @@ STABLE_TORCH_LIBRARY(fuseformer_cuda, m) {
   m.def(
       "activation_gradient(Tensor(a!) dact, Tensor(b!) pre, Tensor(c!)? dbias, Tensor? seed, "
       "str activation, int dropout_threshold, float dropout_scale) -> ()");
+  m.def(
+      "gated_activation(Tensor x, Tensor w_gate, Tensor w_up, Tensor(a!) act, "
+      "Tensor(b!)? gate_pre, Tensor(c!)? up, Tensor? seed, str activation, int dropout_threshold, "
+      "float dropout_scale) -> ()");
+  m.def(
+      "gated_gradient(Tensor(a!) dact, Tensor gate_pre, Tensor up, Tensor(b!) dup, Tensor(c!) act, "
+      "Tensor? seed, str activation, int dropout_threshold, float dropout_scale) -> ()");
+  m.def(
+      "few_rows_hidden(Tensor x, Tensor w1, Tensor? b1, Tensor? w_up, Tensor(a!) act, "
+      "Tensor(b!)? pre, Tensor(c!)? up, Tensor? seed, str activation, int dropout_threshold, "
+      "float dropout_scale) -> ()");
+  m.def(
+      "few_rows_output(Tensor act, Tensor w2, Tensor? b2, Tensor(a!)? partial, Tensor(b!) y) -> "
+      "()");
   m.def("attention_step_rows(Tensor q) -> int");
   m.def("driver_version() -> int");
   m.def("runtime_version() -> int");
@@ -281,6 +367,10 @@ STABLE_TORCH_LIBRARY_IMPL(fuseformer_cuda, CUDA, m) {
   m.impl("feed_forward_forward", TORCH_BOX(&feed_forward_forward));
   m.impl("linear_activation", TORCH_BOX(&linear_activation));
   m.impl("activation_gradient", TORCH_BOX(&activation_gradient));
+  m.impl("gated_activation", TORCH_BOX(&gated_activation));
+  m.impl("gated_gradient", TORCH_BOX(&gated_gradient));
+  m.impl("few_rows_hidden", TORCH_BOX(&few_rows_hidden));
+  m.impl("few_rows_output", TORCH_BOX(&few_rows_output));
   m.impl("attention_step_rows", TORCH_BOX(&attention_step_rows));
 }
 

@@ -79,6 +79,27 @@ def test_scores_on_sm_80_meet_the_goals_without_spills(kernel):
     assert result.edge_score <= 1.5 * result.score
 
 
+def test_the_product_of_gated_blocks_scores_as_the_plain_one():
+    kernel = Kernel("gated", 128, "bf16", True)
+    result = cuda_kernels.measure(kernel, 80)
+    assert result.spilled == 0
+    assert result.score <= cuda_kernels.GOALS["gated", 128]
+    assert result.edge_score <= 1.5 * result.score
+
+
+@pytest.mark.parametrize(
+    ("which", "matrices"),
+    [("gated gradient", 0), ("few-rows", 1), ("few-rows", 2), ("few-rows output", 1)],
+)
+def test_what_memory_bounds_has_no_score_and_no_spill(which, matrices):
+    kernel = Kernel(which, matrices, "fp16", False)
+    result = cuda_kernels.measure(kernel, 80)
+    assert result.score is None
+    assert result.spilled == 0
+    assert result.registers <= 128  # else too few warps wait for memory
+    assert not problems({(kernel, 80): result})
+
+
 @pytest.mark.parametrize("architecture", [90, 120])
 def test_newer_architectures_compile(architecture):
     assert cuda_kernels.measure(FORWARD, architecture).spilled == 0

@@ -58,8 +58,6 @@ def usable(monkeypatch):
         ({"capability": 90}, "triton", "Triton goes before CUDA C++ for this call on sm_90"),
         ({"capability": 100}, "triton", "Triton goes before CUDA C++ for this call on sm_100"),
         ({"head_dim": 256}, "triton", "Triton goes before CUDA C++ for this call on sm_80"),
-        ({"op": "feed_forward", "head_dim": 0}, "triton", "Triton goes before CUDA C++"),
-        ({"op": "feed_forward", "head_dim": 0, "shapes": ((4, 12), (16, 12))}, "triton", "fused"),
         ({"head_dim": 256, "trains": True}, "triton", "fused Triton kernels"),
         ({"head_dim": 72}, "triton", "fused Triton kernels"),
         ({"dtype": torch.float32}, "triton", "fused Triton kernels"),
@@ -69,6 +67,46 @@ def usable(monkeypatch):
 )
 def test_which_kernels_go_first(changes, chosen, because, usable):
     name, reason = choose_backend(request(**changes))
+    assert name == chosen
+    assert because in reason
+
+
+def feed_forward(width, *, out=None, gated=False, **changes):
+    shapes = ((64, width), (4 * width, width), (out or width, 4 * width))
+    op = "gated_" * gated + "feed_forward"
+    return request(op=op, head_dim=0, shapes=shapes, **{"activation": "gelu"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "because"),
+    [
+        (feed_forward(128), "cuda", "CUDA C++ goes before Triton on sm_80"),
+        (feed_forward(256, activation="silu", capability=89), "cuda", "sm_89"),
+        (feed_forward(512), "cuda", "sm_80"),
+        (feed_forward(512, trains=True), "cuda", "sm_80"),
+        (feed_forward(1032), "triton", "at more than 1024 columns the vendor's products"),
+        (feed_forward(128, activation="relu"), "triton", "score better with ReLU"),
+        (feed_forward(512, activation="relu"), "triton", "score better with ReLU"),
+        (feed_forward(128, trains=True), "triton", "its backward pass"),
+        (feed_forward(128, activation="silu"), "triton", "scores better with SiLU"),
+        (feed_forward(96), "triton", "one kernel for both products of every width up to 256"),
+        (feed_forward(128, out=64), "triton", "one kernel for both products"),
+        (feed_forward(128, capability=90), "triton", "instructions that only these GPUs have"),
+        (feed_forward(12), "triton", "fused Triton kernels"),
+        (feed_forward(512, gated=True), "cuda", "CUDA C++ goes before Triton on sm_80"),
+        (feed_forward(512, gated=True, activation="relu", trains=True), "cuda", "sm_80"),
+        (feed_forward(512, gated=True, capability=120), "cuda", "sm_120"),
+        (feed_forward(512, gated=True, capability=100), "triton", "only these GPUs have"),
+        (feed_forward(128, gated=True), "triton", "keeps hidden activations of narrow blocks"),
+        (feed_forward(128, gated=True, out=512), "cuda", "sm_80"),
+        (feed_forward(4096, gated=True), "cuda", "sm_80"),
+        (feed_forward(4096, gated=True, trains=True), "triton", "at more than 2048 columns"),
+        (feed_forward(5120, gated=True), "triton", "at more than 4096 columns"),
+        (feed_forward(512, gated=True, dtype=torch.float32), "triton", "fused Triton kernels"),
+    ],
+)
+def test_which_feed_forward_kernels_go_first(asked, chosen, because, usable):
+    name, reason = choose_backend(asked)
     assert name == chosen
     assert because in reason
 
@@ -94,6 +132,10 @@ def test_without_triton_cuda_serves_where_it_can(usable, monkeypatch):
         (
             {"op": "feed_forward", "head_dim": 0, "shapes": ((4, 12), (16, 12))},
             "multiples of 8, not 12 and 16",
+        ),
+        (
+            {"op": "gated_feed_forward", "head_dim": 0, "shapes": ((4, 16), (20, 16))},
+            "multiples of 8, not 16 and 20",
         ),
     ],
 )

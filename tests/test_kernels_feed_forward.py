@@ -6,6 +6,7 @@ from block_checks import (
     FeedForwardCase,
     check_feed_forward,
     check_feed_forward_dropout,
+    check_no_columns,
     regime,
 )
 from fuseformer.kernels import feed_forward as kernels
@@ -90,3 +91,8 @@ def test_no_tokens(dtype):
         assert y.shape == (0, 24)
         assert [g.shape for g in gradients] == [x.shape, w1.shape, b1.shape, w2.shape, b2.shape]
         assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_tokens_without_columns(dtype):
+    check_no_columns("triton", dtype)

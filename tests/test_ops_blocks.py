@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from block_checks import check_no_columns
 
 import fuseformer as ff
 from fuseformer.testing import assert_close_to_reference
@@ -233,9 +234,11 @@ def leaf(*shape):
 OPCHECKS = {
     "feed_forward": lambda: (
         leaf(5, 8), leaf(6, 8), leaf(6), leaf(8, 6), leaf(8), torch.tensor(3), "gelu", 0.2, True,
+        True,
     ),
     "gated_feed_forward": lambda: (
         leaf(5, 8), leaf(6, 8), leaf(6, 8), leaf(8, 6), torch.tensor(3), "silu", 0.2, True,
+        True,
     ),
     "post-norm": lambda: (
         leaf(5, 8), leaf(5, 8), leaf(8), leaf(8), None, False, False, 1e-5, 0.0,
@@ -301,6 +304,12 @@ def test_autocast_runs_in_its_dtype():
         assert loss.dtype == torch.float32
         gradients = torch.autograd.grad(sum(o.sum() for o in outs) + loss, (x, w1, w2, weight))
         assert all(g.dtype == torch.float32 for g in gradients)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_without_columns(dtype, backend):
+    check_no_columns(backend, dtype)
 
 
 def test_equal_dropout_masks_on_all_backends():

@@ -50,9 +50,9 @@ for extras in ((none, none, none), (leaf(2, 12, 12), torch.ones(2), leaf(2))):
     opcheck(ops.varlen_attention.default, (packed, packed, packed, ends, ends, 12, 12, *extras,
             torch.tensor(3), "top_left", 9, -1, 5.0, 0.25, 0.1, "triton"))
 opcheck(ops.feed_forward.default, (leaf(17, 16), leaf(32, 16), leaf(32), leaf(16, 32), leaf(16),
-        none, "gelu", 0.0, {saves_pre}, "triton"))
+        none, "gelu", 0.0, {saves_pre}, True, "triton"))
 opcheck(ops.gated_feed_forward.default, (leaf(17, 16), leaf(32, 16), leaf(32, 16), leaf(16, 32),
-        none, "silu", 0.0, {saves_pre}, "triton"))
+        none, "silu", 0.0, {saves_pre}, True, "triton"))
 opcheck(ops.rotary.default, (q, leaf(1, 1, 17, 16), *torch.rand(2, 17, 6), False, True, "triton"))
 opcheck(ops.rotary_inplace.default, (torch.rand(1, 2, 17, 16), torch.rand(1, 1, 17, 16),
         *torch.rand(2, 17, 6), False, "triton"))

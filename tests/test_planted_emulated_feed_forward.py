@@ -4,24 +4,13 @@ import pytest
 import torch
 from emulated import EmulatorError
 from emulated_feed_forward import Case, FeedForward, check
-from emulator_build import build_feed_forward, build_planted
+from emulator_build import build_feed_forward, build_planted, feed_forward_unit
 
 BF16 = torch.bfloat16
 
 # One width and two activations: what is planted is compiled for each bug.
-KERNELS = """
-#include "feed_forward/launch.h"
-#include "feed_forward/linear_launch.h"
-namespace fuseformer {
-#define NOT_BUILT(function, Params)                                           \\
-  template <>                                                                 \\
-  const char* function(const Params&, Stream) {                               \\
-    return "not built";                                                       \\
-  }
-NOT_BUILT(linear_activation<Half>, LinearParams)
-NOT_BUILT(linear_activation<Bfloat16>, LinearParams)
-NOT_BUILT(activation_gradient<Half>, ActivationGradientParams)
-NOT_BUILT(activation_gradient<Bfloat16>, ActivationGradientParams)
+KERNELS = feed_forward_unit(
+    text="""
 template <>
 const char* feed_forward_forward<Bfloat16>(const FeedForwardParams& params, int,
                                            Activation activation, Stream stream) {
@@ -30,12 +19,8 @@ const char* feed_forward_forward<Bfloat16>(const FeedForwardParams& params, int,
              ? launch_feed_forward<Traits, Activation::kRelu>(params, stream)
              : launch_feed_forward<Traits, Activation::kGelu>(params, stream);
 }
-template <>
-const char* feed_forward_forward<Half>(const FeedForwardParams&, int, Activation, Stream) {
-  return "not built";
-}
-}  // namespace fuseformer
 """
+)
 
 # An odd number of steps: the last one reads where the output will be written.
 PLAIN = Case(150, 128, 168, BF16)

@@ -146,6 +146,20 @@ struct TileCopy {
     }
   }
 
+  // The same for both.
+  FUSEFORMER_DEVICE void begin_corner(SharedAddress tile, const char* source, int rows,
+                                      int columns) const {
+    source += start;
+    FUSEFORMER_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass, source += step) {
+      FUSEFORMER_UNROLL
+      for (int chunk = 0; chunk < Layout::kChunks; chunk += kAcross) {
+        const bool exists = row + pass * kRowsAtOnce < rows && 8 * (chunk + first_chunk) < columns;
+        copy_async_16_or_zero(tile + target_of(pass, chunk), source + 16 * chunk, exists);
+      }
+    }
+  }
+
  private:
   // Passes of fewer than eight rows change the swizzle; `target` is below them in those bits.
   FUSEFORMER_DEVICE uint32_t target_of(int pass, int chunk) const {

@@ -10,6 +10,16 @@ FUSEFORMER_DEVICE PhiloxKey seed_of(const int64_t* seed) {
   return {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
 }
 
+// Whether dropout keeps one hidden unit of a token. Neighbours of its patch have words of their
+// own: where many units are decided, `drop_units` is for less.
+FUSEFORMER_DEVICE bool keeps_unit(PhiloxKey seed, int row, int unit, uint32_t threshold) {
+  uint32_t words[4];
+  dropout_words(words, seed, 0, 0, row / 16 * 16 + row % 8, unit / 32 * 32 + unit % 8);
+  // An index that is not known while it is compiled would put the words into memory.
+  const uint32_t even = unit & 16 ? words[2] : words[0], odd = unit & 16 ? words[3] : words[1];
+  return is_kept(unit & 8 ? odd : even, row / 8 % 2, threshold);
+}
+
 // Sets hidden units that dropout does not keep to 0. `row` and `unit` are the lane's first ones, a
 // multiple of sixteen and one of thirty-two beyond those of its part in a fragment.
 template <int kRowTiles, int kColumnTiles>

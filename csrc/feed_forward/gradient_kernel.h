@@ -44,12 +44,8 @@ __global__ void __launch_bounds__(kGradientThreads)
               unpack<Element>(before.words[word], j), slope);
           dpre[j] = unpack<Element>(gradient.words[word], j) * slope;
           if constexpr (kDropout) {
-            const int column = unit + 2 * word + j;
-            uint32_t words[4];
-            dropout_words(words, seed_of(params.seed), 0, 0, row / 16 * 16 + row % 8,
-                          column / 32 * 32 + column % 8);
-            const uint32_t decided = words[column / 8 % 4];
-            const bool keeps = is_kept(decided, row / 8 % 2, params.dropout_threshold);
+            const bool keeps = keeps_unit(seed_of(params.seed), row, unit + 2 * word + j,
+                                          params.dropout_threshold);
             act[j] = keeps ? act[j] * params.dropout_scale : 0.0f;
             dpre[j] = keeps ? dpre[j] * params.dropout_scale : 0.0f;
           }

@@ -8,15 +8,19 @@
 
 namespace fuseformer {
 
-template <typename Element>
-const char* linear_activation(const LinearParams& params, Stream stream) {
-  using Traits = LinearTraits<Element>;
+template <typename Traits>
+const char* launch_linear(const LinearParams& params, Stream stream) {
   const int64_t row_blocks = (params.tokens + Traits::kBlockM - 1) / Traits::kBlockM;
-  const int64_t unit_blocks = (params.hidden + Traits::kBlockN - 1) / Traits::kBlockN;
+  const int64_t unit_blocks = (params.hidden + Traits::kUnits - 1) / Traits::kUnits;
   const auto kernel =
       params.seed != nullptr ? linear_kernel<Traits, true> : linear_kernel<Traits, false>;
   return launch_kernel(kernel, row_blocks * unit_blocks, Traits::kThreads, Traits::kSharedBytes,
                        stream, params);
+}
+
+template <typename Element>
+const char* linear_activation(const LinearParams& params, Stream stream) {
+  return launch_linear<LinearTraits<Element>>(params, stream);
 }
 
 template <typename Element>

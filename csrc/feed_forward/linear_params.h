@@ -1,5 +1,5 @@
-// What launches of the epilogue regime are told: a product that ends in the activation, and the
-// gradient that goes back through it.
+// What launches of the epilogue regime are told: a product that ends in the activation, or two in
+// the activation of one times the other, and the gradient that goes back through the former.
 #pragma once
 
 #include "params.h"
@@ -13,9 +13,11 @@ constexpr int kGradientRows = 256;
 struct LinearParams {
   RowTensor x;       // (tokens, width)
   RowTensor w;       // (hidden, width)
+  RowTensor w_up;    // like w, its stride too: of a gated block
   RowTensor act;     // (tokens, hidden)
   RowTensor pre;     // like act, or null: the product with its bias, for the backward pass
-  const void* bias;  // (hidden,), or null
+  RowTensor up;      // the same of the product with w_up
+  const void* bias;  // (hidden,), or null; a gated block has none
 
   Activation activation;
   int tokens;

@@ -34,10 +34,17 @@ _CUDA_OPS = {
     "varlen_attention": cuda_attention.OPTIONS,
     "decode_attention": cuda_decode.OPTIONS,
     "feed_forward": frozenset(),
+    "gated_feed_forward": frozenset(),
 }
 # GPUs on which `mma.sync` is the way to the tensor cores; newer data-centre ones have wgmma and
 # tcgen05, which Triton uses.
 _CUDA_FAMILIES = (8, 12)
+# Up to this width Triton computes a whole feed-forward block in one kernel.
+_MAX_RESIDENT_WIDTH = 256
+# Widest input for which a product of our own, whose epilogue saves a pass over its result, is taken
+# before the vendor's, which is some 8 % faster: for a plain block, for a gated one that saves its
+# products, and for one that saves none and more of that pass.
+_MAX_WIDTH, _MAX_GATED_WIDTH, _MAX_GATED_INFERENCE_WIDTH = 1024, 2048, 4096
 # A row of the Triton norms stays in the registers of one program.
 _MAX_NORM_WIDTH = 8192
 # The first with bfloat16 and asynchronous copies, and the oldest that kernels are compiled for.
@@ -63,7 +70,7 @@ class Request:
     `shapes` are the sizes of the op's leading tensors, `options` the names of the optional features
     in use, `head_dim` is 0 for ops without heads, `requested` a backend's name or None.
     `capability` is that of the GPU, 80 for sm_80, and 0 where there is none. `trains` is whether a
-    backward pass will follow.
+    backward pass will follow, `activation` the name of a feed-forward block's.
     """
 
     op: str
@@ -75,6 +82,7 @@ class Request:
     requested: str | None = None
     capability: int = 0
     trains: bool = False
+    activation: str | None = None
 
 
 def device_capability(index: int | None) -> int:
@@ -140,7 +148,7 @@ def _cuda_refusal(request: Request) -> str | None:
         return f"there is no CUDA C++ kernel for {request.op} yet"
     if request.dtype not in cuda_attention.DTYPES:
         return f"the CUDA C++ kernels take float16 and bfloat16, not {request.dtype}"
-    if request.op == "feed_forward":
+    if request.op in ("feed_forward", "gated_feed_forward"):
         sizes = (request.shapes[0][-1], request.shapes[1][0]) if request.shapes else ()
         if any(size % cuda_feed_forward.MULTIPLE for size in sizes):
             return (
@@ -165,11 +173,51 @@ def _cuda_refusal(request: Request) -> str | None:
     return library.refusal(request.capability)
 
 
-def _prefers_cuda(request: Request) -> bool:
-    """Return whether CUDA C++ goes before Triton where both can serve."""
-    # Of feed-forward, head dim 0, Triton has the resident regime and the better product.
-    family = request.capability // 10 in _CUDA_FAMILIES
-    return family and request.head_dim in cuda_attention.BACKWARD_HEAD_DIMS
+def _why_triton_first(request: Request) -> str | None:
+    """Return why Triton goes before CUDA C++ where both can serve, or None where it does not."""
+    if request.capability // 10 not in _CUDA_FAMILIES:
+        return "it uses the tensor-core instructions that only these GPUs have"
+    if request.op == "feed_forward":
+        return _why_triton_feeds_first(request)
+    if request.op == "gated_feed_forward":
+        width, out = _widths(request)
+        if max(width, out) <= _MAX_RESIDENT_WIDTH:
+            return "its kernel keeps hidden activations of narrow blocks out of memory"
+        widest = _MAX_GATED_WIDTH if request.trains else _MAX_GATED_INFERENCE_WIDTH
+        return _why_the_vendor_first(width, widest)
+    if request.head_dim not in cuda_attention.BACKWARD_HEAD_DIMS:
+        return f"CUDA C++ has no backward pass at head dim {request.head_dim}"
+    return None
+
+
+def _why_triton_feeds_first(request: Request) -> str | None:
+    """Return the same for plain feed-forward blocks: by the scores of both, see the README."""
+    width, out = _widths(request)
+    if request.activation in (None, "relu"):
+        return "its kernels score better with ReLU"
+    if max(width, out) > _MAX_RESIDENT_WIDTH:
+        return _why_the_vendor_first(width, _MAX_WIDTH)
+    if width != out or width not in cuda_feed_forward.RESIDENT_WIDTHS:
+        return "it has one kernel for both products of every width up to 256"
+    if request.trains:
+        return "its backward pass computes the hidden activations anew in one kernel"
+    if request.activation == "silu" and width == 128:
+        return "its kernel scores better with SiLU at this width"
+    return None
+
+
+def _why_the_vendor_first(width: int, widest: int) -> str | None:
+    """Return why the vendor's products, which Triton's kernels go between, are taken, or None."""
+    if width <= widest:
+        return None
+    return (
+        f"at more than {widest} columns the vendor's products outweigh the pass that CUDA C++ saves"
+    )
+
+
+def _widths(request: Request) -> tuple[int, int]:
+    """Return the widths of the input and the output of a feed-forward block."""
+    return (request.shapes[0][-1], request.shapes[2][0]) if len(request.shapes) > 2 else (0, 0)
 
 
 def choose_backend(request: Request) -> tuple[str, str]:
@@ -197,12 +245,13 @@ def choose_backend(request: Request) -> tuple[str, str]:
         return "reference", f"plain PyTorch, because {reason}"
     cuda, triton = refusal("cuda", request), refusal("triton", request)
     gpu = f"sm_{request.capability}"
-    if cuda is None and _prefers_cuda(request):
+    why = _why_triton_first(request)
+    if cuda is None and why is None:
         return "cuda", f"CUDA C++ goes before Triton on {gpu}"
     if triton is None:
         if cuda is not None:
             return "triton", f"fused Triton kernels serve this call on {request.device}"
-        return "triton", f"Triton goes before CUDA C++ for this call on {gpu}"
+        return "triton", f"Triton goes before CUDA C++ for this call on {gpu}: {why}"
     if cuda is None:
         return "cuda", f"the CUDA C++ kernels serve this call, because {triton}"
     return "reference", f"plain PyTorch, because {triton}"
@@ -322,17 +371,22 @@ def request_for(
     requested: str | None = None,
     dtype: torch.dtype | None = None,
     trained: tuple[Tensor, ...] = (),
+    activation: str | None = None,
+    trains: bool | None = None,
 ) -> Request:
     """Return the request of `op`; `lead` gives the device, and the dtype unless given.
 
     Its shapes are those of `lead` and `others`; `trained` are more inputs that have a gradient.
+    `trains` is found out unless given: a custom op is called where nothing records gradients.
     """
     shapes = tuple(tuple(int(n) for n in t.shape) for t in (lead, *others))
     if _transformed():
         options = options | {_TRANSFORMED}
     device = lead.device
     capability = device_capability(device.index) if device.type == "cuda" else 0
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (lead, *others, *trained))
+    if trains is None:
+        inputs = (lead, *others, *trained)
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return Request(
         op,
         device.type,
@@ -343,4 +397,5 @@ def request_for(
         requested,
         capability,
         trains,
+        activation,
     )

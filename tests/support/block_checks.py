@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import fuseformer as ff
 from fuseformer import reference
 from fuseformer.philox import keep_mask
 from fuseformer.testing import assert_close_to_reference
@@ -164,6 +165,40 @@ def check_feed_forward_dropout(kernels: ModuleType, size: int, dropout_p: float)
     assert torch.equal(db1 != 0, keep.any(0)), "db1"
     _, _, _, dw2, _ = kernels.feed_forward_backward(eye, eye, eye, ones, eye, pre, *options, False)
     assert torch.equal(dw2 != 0, keep), "dw2"
+
+
+def check_no_columns(backend: str, dtype: torch.dtype) -> None:
+    """Tokens of no numbers at all: each has the output of the biases, and no gradient of its own.
+
+    Few and more tokens, and none; the shape before the last dimension cannot be found by division.
+    """
+    generator = torch.Generator().manual_seed(0)
+    b1, w2, b2 = (
+        torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+        for shape in ((24,), (16, 24), (16,))
+    )
+    for lead in ((), (3,), (2, 3), (40,), (0, 2)):
+        x, w1 = (torch.zeros(*s, 0, dtype=dtype).requires_grad_() for s in (lead, (24,)))
+        results = []
+        for name, inputs in (
+            (backend, [x, w1, b1, w2, b2]),
+            ("reference", [x, w1, b1, w2, b2]),
+            ("reference", [t.detach().double().requires_grad_() for t in (x, w1, b1, w2, b2)]),
+        ):
+            y = ff.feed_forward(*inputs, activation="gelu", backend=name)
+            assert y.shape == (*lead, 16)
+            results.append((y, *torch.autograd.grad(y.sum(), inputs)))
+        bias = torch.nn.functional.gelu(inputs[2])
+        expected = torch.nn.functional.linear(bias, *inputs[3:]).expand(*lead, 16)
+        torch.testing.assert_close(results[2][0], expected)
+        for place, (got, low, exact) in enumerate(zip(*results, strict=True)):
+            assert got.shape == exact.shape
+            assert_close_to_reference(got, exact, low, factor=3.0 if place else 2.0)
+        y = ff.gated_feed_forward(x, w1, w1, w2, backend=backend)
+        assert y.shape == (*lead, 16)
+        assert not y.any()
+        gradients = torch.autograd.grad(y.sum(), (x, w1, w2))
+        assert not any(g.any() for g in gradients)
 
 
 # ------------------------------------------------------------------------------------------------

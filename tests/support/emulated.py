@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fuseformer import backends
-from fuseformer.cuda import attention, decode, feed_forward, library
+from fuseformer.cuda import attention, decode, feed_forward, gated_feed_forward, library
 
 _SHOWN = 20
 
@@ -82,6 +82,20 @@ class Ops:
         written = (0, 1) if arguments[2] is None else (0, 1, 2)
         self._call(self.emulator.activation_gradient, arguments, written)
 
+    def gated_activation(self, *arguments: Any) -> None:
+        written = (3,) if arguments[4] is None else (3, 4, 5)
+        self._call(self.emulator.gated_activation, arguments, written)
+
+    def gated_gradient(self, *arguments: Any) -> None:
+        self._call(self.emulator.gated_gradient, arguments, written=(0, 3, 4))
+
+    def few_rows_hidden(self, *arguments: Any) -> None:
+        written = tuple(place for place in (4, 5, 6) if arguments[place] is not None)
+        self._call(self.emulator.few_rows_hidden, arguments, written)
+
+    def few_rows_output(self, *arguments: Any) -> None:
+        self._call(self.emulator.few_rows_output, arguments, written=(4,))
+
     def _call(self, function: Any, arguments: tuple[Any, ...], written: tuple[int, ...]) -> None:
         """Call `function`, and copy back the tensors at the places `written`."""
         self.emulator.report()
@@ -145,7 +159,7 @@ class Kernels:
             yield
 
     def __getattr__(self, name: str) -> Any:
-        modules = (attention, decode, feed_forward)
+        modules = (attention, decode, feed_forward, gated_feed_forward)
         functions = [getattr(module, name) for module in modules if hasattr(module, name)]
         if not functions:
             raise AttributeError(name)

@@ -31,6 +31,17 @@ RUNTIME = (
     "primitives",
     "tensor_cores",
 )
+FEED_FORWARD = ("feed_forward", "few_rows", "gated", "linear")
+#: What the translation units of feed-forward offer for each dtype: the arguments of each function.
+FEED_FORWARD_ENTRIES = {
+    "feed_forward_forward": "const FeedForwardParams&, int, Activation, Stream",
+    "linear_activation": "const LinearParams&, Stream",
+    "activation_gradient": "const ActivationGradientParams&, Stream",
+    "gated_activation": "const LinearParams&, Stream",
+    "gated_gradient": "const GatedGradientParams&, Stream",
+    "few_rows_hidden": "const FewRowsParams&, Stream",
+    "few_rows_output": "const FewRowsParams&, Stream",
+}
 MODES = {
     "plain": ["-O2"],
     "shadow": [
@@ -138,9 +149,26 @@ def build_feed_forward(
         mode,
         kernels or sources / "emulator" / "feed_forward_kernels.cpp",
         bindings="feed_forward_bindings",
-        host=("feed_forward/feed_forward.cpp", "feed_forward/linear.cpp"),
+        host=tuple(f"feed_forward/{name}.cpp" for name in FEED_FORWARD),
         sources=sources,
     )
+
+
+def feed_forward_unit(*built: str, text: str = "") -> str:
+    """Return a translation unit with the bfloat16 kernels of a few functions: quickly compiled.
+
+    `text` may define others, all that are left say that they were not built.
+    """
+    lines = [f'#include "feed_forward/{name}launch.h"' for name in ("few_rows_", "gated_", "")]
+    lines += ["namespace fuseformer {", text]
+    for name, arguments in FEED_FORWARD_ENTRIES.items():
+        for element in ("Bfloat16", "Half"):
+            function = f"const char* {name}<{element}>({arguments})"
+            if element == "Bfloat16" and name in built:
+                lines.append(f"template {function};")
+            elif f"{name}<{element}>" not in text:
+                lines.append(f'template <> {function} {{ return "not built"; }}')
+    return "\n".join([*lines, "}", ""])
 
 
 def build_planted(

@@ -46,6 +46,10 @@ class GatedCase:
 def served_by(kernels: ModuleType, regime: str, chunked: bool = False) -> Iterator[None]:
     """Let few tokens reach the kernels of `regime`, and see that they do."""
     assert regime in REGIMES
+    if not hasattr(kernels, "resident_forward"):
+        assert regime != "resident", "the kernels have no resident regime"
+        yield
+        return
     limits = {"_MIN_PROGRAMS": 0 if regime == "resident" else 10**9}
     if chunked:
         limits["_CHUNK_BYTES"] = 1

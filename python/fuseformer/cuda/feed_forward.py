@@ -1,9 +1,9 @@
 """Feed-forward by the CUDA C++ kernels, with the signatures of `fuseformer.kernels.feed_forward`.
 
 Blocks of `RESIDENT_WIDTHS` run in one kernel, whose hidden activations never reach memory. In
-others the first product ends in bias, activation and dropout, and the second is the vendor's. So
-are those of the backward pass, where one kernel computes the gradient before the activation, the
-activation anew and the sums of the bias gradient.
+others the first product ends in bias, activation and dropout, and the second is the vendor's. A few
+tokens go forward by `few_rows`. The products of the backward pass are the vendor's, and one kernel
+computes the gradient before the activation, the activation anew and the sums of the bias gradient.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..philox import dropout_scale, dropout_threshold
-from . import library
+from . import few_rows, library
 from .attention import aligned
 
 #: Widths, of input and output, with a kernel for both products.
@@ -27,8 +27,12 @@ def saves_pre(width: int, out_width: int, dtype: torch.dtype) -> bool:
     return width != out_width or width not in RESIDENT_WIDTHS
 
 
-def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[Tensor | None, int, float]:
-    return seed if dropout_p else None, dropout_threshold(dropout_p), dropout_scale(dropout_p)
+def dropout_arguments(
+    seed: Tensor | None, activation: str, dropout_p: float
+) -> tuple[Tensor | None, str, int, float]:
+    """Return the arguments that the compiled ops end with."""
+    drops = seed if dropout_p else None
+    return drops, activation, dropout_threshold(dropout_p), dropout_scale(dropout_p)
 
 
 def feed_forward_forward(
@@ -40,24 +44,36 @@ def feed_forward_forward(
     seed: Tensor | None,
     activation: str,
     dropout_p: float,
+    saves: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, out), and the product before the activation where `saves_pre`.
 
-    That is (T, hidden), or else empty (0,).
+    That is (T, hidden), or else empty (0,), as it is where no backward pass follows and it need not
+    be one that `saves`.
     """
-    drops, threshold, factor = _dropout(seed, dropout_p)
+    dropout = dropout_arguments(seed, activation, dropout_p)
     b1, b2 = (None if b is None else aligned(b) for b in (b1, b2))
     x, w1 = aligned(x), aligned(w1)
-    if not saves_pre(x.shape[1], w2.shape[0], x.dtype):
+    saves = saves and saves_pre(x.shape[1], w2.shape[0], x.dtype)
+    pre: Tensor | None
+    if few_rows.serves(x):
+        act, pre, _ = few_rows.hidden_activation(x, w1, b1, None, dropout, saves)
+    elif not saves_pre(x.shape[1], w2.shape[0], x.dtype):
         y = x.new_empty(x.shape)
-        library.ops().feed_forward_forward(
-            x, w1.contiguous(), b1, aligned(w2), b2, y, drops, activation, threshold, factor
-        )
+        library.ops().feed_forward_forward(x, w1.contiguous(), b1, aligned(w2), b2, y, *dropout)
         return y, x.new_empty(0)
-    act = x.new_empty(x.shape[0], w1.shape[0])
-    pre = torch.empty_like(act)
-    library.ops().linear_activation(x, w1, b1, act, pre, drops, activation, threshold, factor)
-    return F.linear(act, w2, b2), pre
+    else:
+        act = x.new_empty(x.shape[0], w1.shape[0])
+        pre = torch.empty_like(act) if saves else None
+        library.ops().linear_activation(x, w1, b1, act, pre, *dropout)
+    return last_product(act, w2, b2), x.new_empty(0) if pre is None else pre
+
+
+def last_product(act: Tensor, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """Return the output (T, out) of the hidden activation (T, hidden)."""
+    if few_rows.serves(act) and w2.shape[0] % MULTIPLE == 0:
+        return few_rows.output(act, w2, b2)
+    return F.linear(act, w2, b2)
 
 
 def feed_forward_backward(
@@ -79,8 +95,8 @@ def feed_forward_backward(
     if b1 is not None:
         blocks = -(-x.shape[0] // _ROWS_OF_SUMS)
         sums = x.new_empty((blocks, w1.shape[0]), dtype=torch.float32)
-    drops, threshold, factor = _dropout(seed, dropout_p)
-    library.ops().activation_gradient(gradient, act, sums, drops, activation, threshold, factor)
+    dropout = dropout_arguments(seed, activation, dropout_p)
+    library.ops().activation_gradient(gradient, act, sums, *dropout)
     db1 = None if sums is None else sums.sum(0).to(x.dtype)
     dw1, dw2 = gradient.T @ x, dy.T @ act
     return gradient @ w1, dw1, db1, dw2, dy.sum(0) if has_b2 else None

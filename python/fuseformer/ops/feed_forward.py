@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose_backend, record, request_for, requested_backend
+from ..backends import Request, choose_backend, record, request_for, requested_backend
 from . import checks
 from .registration import autocast_dtype, laid_out, present, register_autocast, second_derivatives
 
@@ -16,16 +16,30 @@ def _kernels(backend: str, gated: bool = False) -> Any:
     """Return the module of a backend that serves the op; the CPU's two share one."""
     if backend == "cpu":
         return importlib.import_module("fuseformer.cpu.feed_forward")
-    if backend == "cuda":
-        assert not gated
-        return importlib.import_module("fuseformer.cuda.feed_forward")
-    assert backend == "triton"
-    return importlib.import_module(f"fuseformer.kernels.{'gated_' * gated}feed_forward")
+    package = {"cuda": "cuda", "triton": "kernels"}[backend]
+    return importlib.import_module(f"fuseformer.{package}.{'gated_' * gated}feed_forward")
 
 
-def _saves_pre(backend: str, width: int, out_width: int, dtype: torch.dtype) -> bool:
-    """Return whether forward saves first products for backward: not in the resident regime."""
-    return backend == "cpu" or _kernels(backend).saves_pre(width, out_width, dtype)
+def _saves_pre(request: Request, backend: str, gated: bool = False) -> bool:
+    """Return whether forward saves first products for backward: not in the resident regime.
+
+    Where no backward pass follows, CUDA C++ saves none: others would have them in memory anyway.
+    """
+    if backend == "cpu":
+        return True
+    width, out_width = request.shapes[0][-1], request.shapes[2][0]
+    saves: bool = _kernels(backend, gated).saves_pre(width, out_width, request.dtype)
+    return saves and (backend != "cuda" or request.trains)
+
+
+def _saving(backend: str, saves_pre: bool) -> dict[str, bool]:
+    """Return the argument by which the kernels of a backend save products or not, if they ask."""
+    return {"saves": saves_pre} if backend == "cuda" else {}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return `x` as a matrix, also where its last dimension is 0 and the first is to be found."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 @torch.library.custom_op("fuseformer::feed_forward", mutates_args=())
@@ -39,10 +53,14 @@ def _feed_forward(
     activation: str,
     dropout_p: float,
     saves_pre: bool,
+    trains: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    record(request_for("feed_forward", x, w1), backend)
-    y, pre = _kernels(backend).feed_forward_forward(x, w1, b1, w2, b2, seed, activation, dropout_p)
+    record(request_for("feed_forward", x, w1, w2, activation=activation, trains=trains), backend)
+    saving = _saving(backend, saves_pre)
+    y, pre = _kernels(backend).feed_forward_forward(
+        x, w1, b1, w2, b2, seed, activation, dropout_p, **saving
+    )
     return y, pre
 
 
@@ -57,6 +75,7 @@ def _(
     activation: str,
     dropout_p: float,
     saves_pre: bool,
+    trains: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     pre = x.new_empty(x.shape[0], w1.shape[0]) if saves_pre else x.new_empty(0)
@@ -103,7 +122,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, b1, w2, b2, seed, activation, dropout_p, _, backend = inputs
+    x, w1, b1, w2, b2, seed, activation, dropout_p, _, _, backend = inputs
     ctx.save_for_backward(x, w1, b1, w2, seed, output[1])
     ctx.options = (activation, dropout_p, b2 is not None, backend)
     ctx.mark_non_differentiable(output[1])
@@ -120,12 +139,12 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
             )
 
         gradients = second_derivatives(formula, (x, w1, b1, w2), (dy,))
-        return (*gradients, dy.sum(0) if has_b2 else None, *(None,) * 5)
+        return (*gradients, dy.sum(0) if has_b2 else None, *(None,) * 6)
     dx, dw1, db1, dw2, db2 = _feed_forward_backward(
         dy.contiguous(), x, w1, b1, w2, pre, seed, activation, dropout_p, has_b2, backend
     )
     db1 = None if b1 is None else db1
-    return dx, dw1, db1, dw2, db2 if has_b2 else None, None, None, None, None, None
+    return (dx, dw1, db1, dw2, db2 if has_b2 else None, *(None,) * 6)
 
 
 _feed_forward.register_autograd(_backward, setup_context=_save)
@@ -170,10 +189,19 @@ def feed_forward(
     checks.activation(activation)
     p = checks.probability("dropout_p", dropout_p)
     dtype = autocast_dtype(x)
-    request = request_for("feed_forward", x, w1, requested=requested_backend(backend), dtype=dtype)
+    request = request_for(
+        "feed_forward",
+        x,
+        w1,
+        w2,
+        requested=requested_backend(backend),
+        dtype=dtype,
+        trained=tuple(b for b in (b1, b2) if b is not None),
+        activation=activation,
+    )
     name, _ = choose_backend(request)
     seed_tensor = checks.dropout_seed(seed, p, x)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     if name == "reference":
         record(request, name)
         rows, w1, w2 = rows.to(dtype), w1.to(dtype), w2.to(dtype)
@@ -182,8 +210,8 @@ def feed_forward(
             rows, w1, b1, w2, b2, activation=activation, dropout_p=p, seed=seed_tensor
         )
     else:
-        saves_pre = _saves_pre(name, x.shape[-1], w2.shape[0], dtype)
-        y, _ = _feed_forward(rows, w1, b1, w2, b2, seed_tensor, activation, p, saves_pre, name)
+        saving = (_saves_pre(request, name), request.trains)
+        y, _ = _feed_forward(rows, w1, b1, w2, b2, seed_tensor, activation, p, *saving, name)
     return y.view(*x.shape[:-1], w2.shape[0])
 
 
@@ -197,11 +225,15 @@ def _gated_feed_forward(
     activation: str,
     dropout_p: float,
     saves_pre: bool,
+    trains: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    record(request_for("gated_feed_forward", x, w_gate), backend)
+    request = request_for(
+        "gated_feed_forward", x, w_gate, w_down, activation=activation, trains=trains
+    )
+    record(request, backend)
     return _kernels(backend, gated=True).gated_feed_forward_forward(
-        x, w_gate, w_up, w_down, seed, activation, dropout_p
+        x, w_gate, w_up, w_down, seed, activation, dropout_p, **_saving(backend, saves_pre)
     )
 
 
@@ -215,6 +247,7 @@ def _(
     activation: str,
     dropout_p: float,
     saves_pre: bool,
+    trains: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = (x.shape[0], w_gate.shape[0]) if saves_pre else (0,)
@@ -249,7 +282,7 @@ def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_gate, w_up, w_down, seed, activation, dropout_p, _, backend = inputs
+    x, w_gate, w_up, w_down, seed, activation, dropout_p, _, _, backend = inputs
     ctx.save_for_backward(x, w_gate, w_up, w_down, *output[1:], seed)
     ctx.options = (activation, dropout_p, backend)
     ctx.mark_non_differentiable(*output[1:])
@@ -265,9 +298,9 @@ def _backward_gated(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
                 *inputs, activation=activation, dropout_p=dropout_p, seed=seed
             )
 
-        return (*second_derivatives(formula, inputs, (dy,)), *(None,) * 5)
+        return (*second_derivatives(formula, inputs, (dy,)), *(None,) * 6)
     gradients = _gated_feed_forward_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options)
-    return (*gradients, *(None,) * 5)
+    return (*gradients, *(None,) * 6)
 
 
 _gated_feed_forward.register_autograd(_backward_gated, setup_context=_save_gated)
@@ -302,11 +335,18 @@ def gated_feed_forward(
     p = checks.probability("dropout_p", dropout_p)
     dtype = autocast_dtype(x)
     request = request_for(
-        "gated_feed_forward", x, w_gate, requested=requested_backend(backend), dtype=dtype
+        "gated_feed_forward",
+        x,
+        w_gate,
+        w_down,
+        requested=requested_backend(backend),
+        dtype=dtype,
+        trained=(w_up,),
+        activation=activation,
     )
     name, _ = choose_backend(request)
     seed_tensor = checks.dropout_seed(seed, p, x)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     if name == "reference":
         record(request, name)
         y = reference.gated_feed_forward(
@@ -316,8 +356,8 @@ def gated_feed_forward(
             seed=seed_tensor,
         )
     else:
-        saves_pre = _saves_pre(name, x.shape[-1], w_down.shape[0], dtype)
+        saving = (_saves_pre(request, name, gated=True), request.trains)
         y, _, _ = _gated_feed_forward(
-            rows, w_gate, w_up, w_down, seed_tensor, activation, p, saves_pre, name
+            rows, w_gate, w_up, w_down, seed_tensor, activation, p, *saving, name
         )
     return y.view(*x.shape[:-1], w_down.shape[0])
