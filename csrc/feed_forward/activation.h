@@ -2,6 +2,8 @@
 // 16 bits that follows. NaN stays NaN.
 #pragma once
 
+#include <type_traits>
+
 #include "../device/math.h"
 #include "params.h"
 
@@ -31,6 +33,19 @@ FUSEFORMER_DEVICE void with_activation(Activation activation, const Function& fu
       break;
     default:
       function(ActivationConstant<Activation::kSilu>());
+  }
+}
+
+// Any activation, which a kernel looks up where it needs it.
+struct AnyActivation {};
+
+// The same where `Kind` is AnyActivation; else with the activation that it is.
+template <typename Kind, typename Function>
+FUSEFORMER_DEVICE void with_kind(Activation activation, const Function& function) {
+  if constexpr (std::is_same_v<Kind, AnyActivation>) {
+    with_activation(activation, function);
+  } else {
+    function(Kind());
   }
 }
 
