@@ -36,16 +36,20 @@ FUSEFORMER_DEVICE void with_activation(Activation activation, const Function& fu
   }
 }
 
-// Any activation, which a kernel looks up where it needs it.
-struct AnyActivation {};
+// Every activation but relu: a kernel that is bound by their arithmetic has them all.
+struct SmoothActivation {};
 
-// The same where `Kind` is AnyActivation; else with the activation that it is.
+// The same for an activation that is among those of `Kind`: one as a constant, or the smooth ones.
 template <typename Kind, typename Function>
-FUSEFORMER_DEVICE void with_kind(Activation activation, const Function& function) {
-  if constexpr (std::is_same_v<Kind, AnyActivation>) {
-    with_activation(activation, function);
-  } else {
+FUSEFORMER_DEVICE void with_activation_of(Activation activation, const Function& function) {
+  if constexpr (!std::is_same_v<Kind, SmoothActivation>) {
     function(Kind());
+  } else if (activation == Activation::kGelu) {
+    function(ActivationConstant<Activation::kGelu>());
+  } else if (activation == Activation::kGeluTanh) {
+    function(ActivationConstant<Activation::kGeluTanh>());
+  } else {
+    function(ActivationConstant<Activation::kSilu>());
   }
 }
 

@@ -26,11 +26,11 @@ struct FeedForwardBackwardWarp {
   static constexpr int kWeightColumnTiles = Traits::kWeightColumnTiles;
   static constexpr int kDxRowTiles = Traits::kDxRowTiles;
   static constexpr int kDxPartTiles = Traits::kDxColumnTiles / Traits::kDxParts;
+  static constexpr int kBiasTiles = Traits::kBiasTiles;
   using WidthAddresses = LaneAddresses<Traits::kWidth>;
   using UnitAddresses = LaneAddresses<Traits::kBlockH>;
 
   float dweight[kWeightRowTiles][kWeightColumnTiles][4];
-  float dbias[kUnitTiles][2];
   WidthAddresses token_rows;     // operand A of the hidden tile: tokens, and dy
   WidthAddresses w1_columns;     // operand B of the hidden tile
   UnitAddresses w2_rows;         // operand B of its gradient
@@ -39,6 +39,7 @@ struct FeedForwardBackwardWarp {
   UnitAddresses hidden_columns;  // operand A of the weight gradient: dh, or a
   WidthAddresses token_columns;  // operand B of it: tokens, or dy
   uint32_t stored;               // offset in shared memory of the lane's first hidden units
+  uint32_t bias_sums;            // the same of the sums of the bias
 
   FUSEFORMER_DEVICE FeedForwardBackwardWarp(SharedAddress shared, int index, int lane) {
     const int token_warp = index / Traits::kUnitWarps, unit_warp = index % Traits::kUnitWarps;
@@ -63,10 +64,11 @@ struct FeedForwardBackwardWarp {
     const int place = index % Traits::kWeightWarps;
     hidden_columns = UnitAddresses::in_column_order(
         hidden + (of_dy ? 0 : Traits::kHiddenBytes), lane,
-        place % Traits::kWeightRowWarps * kWeightRowTiles);
+        place % Traits::kWeightRowWarps * kWeightRowTiles + first_tile(place));
     token_columns = WidthAddresses::in_row_order(
         tokens + (of_dy ? Traits::kDyOffset - Traits::kTokenOffset : 0), lane,
         place / Traits::kWeightRowWarps * kWeightColumnTiles / 2);
+    bias_sums = Traits::kBiasSumOffset + 4 * (index * kBiasTiles * 16 + lane / 4);
     FUSEFORMER_UNROLL
     for (int tile = 0; tile < kWeightRowTiles; ++tile) {
       FUSEFORMER_UNROLL
@@ -75,8 +77,12 @@ struct FeedForwardBackwardWarp {
         for (int j = 0; j < 4; ++j) dweight[tile][i][j] = 0.0f;
       }
     }
-    FUSEFORMER_UNROLL
-    for (int i = 0; i < kUnitTiles; ++i) dbias[i][0] = dbias[i][1] = 0.0f;
+  }
+
+  // Warps that have the same units share the sums of the bias: each begins with another tile, and
+  // has them in the order of tile ^ first_tile, as `compute_phases_again` makes it.
+  static FUSEFORMER_DEVICE int first_tile(int place) {
+    return place / Traits::kWeightRowWarps * kBiasTiles;
   }
 
   FUSEFORMER_DEVICE void compute_addresses_again() {
@@ -88,6 +94,12 @@ struct FeedForwardBackwardWarp {
     hidden_columns.compute_phases_again();
     token_columns.compute_phases_again();
     compute_again(stored);
+    compute_again(bias_sums);
+  }
+
+  // The sum over tokens of unit lane / 4, or the one that is eight further, of a tile.
+  FUSEFORMER_DEVICE float* bias_sum(int tile, int half) const {
+    return reinterpret_cast<float*>(dynamic_shared() + bias_sums) + 16 * tile + 8 * half;
   }
 
   // sums += a @ b, a and b being what the functions load for a tile of rows, or a pair of tiles of
@@ -110,7 +122,19 @@ struct FeedForwardBackwardWarp {
           mma_16x8x16<Element>(sums[tile][2 * pair + 1], a[tile], b[2], b[3]);
         }
       }
-      between(step);
+      between(step, a);
+    }
+  }
+
+  // Calls `function` with each tile that falls to a step, of `count` tiles, of a product with the
+  // width.
+  template <typename Function>
+  static FUSEFORMER_DEVICE void share(int count, int step, const Function& function) {
+    constexpr int kSteps = Traits::kWidth / 16;
+    const int at_once = (count + kSteps - 1) / kSteps;
+    FUSEFORMER_UNROLL
+    for (int i = 0; i < at_once; ++i) {
+      if (step * at_once + i < count) function(step * at_once + i);
     }
   }
 
@@ -122,16 +146,16 @@ struct FeedForwardBackwardWarp {
           ldmatrix_x4(a, token_rows.at(tile, step) + stage);
         },
         [&](uint32_t(&b)[4], int pair, int step) { ldmatrix_x4(b, w1_columns.at(pair, step)); },
-        [](int) {});
+        [](int, const auto&) {});
   }
 
-  // dhidden += dy @ w2
+  // dhidden += dy @ w2, for sixteen of the warp's tokens.
   template <typename Between>
-  FUSEFORMER_DEVICE void multiply_dy(float (&dhidden)[kRowTiles][kUnitTiles][4], int stage,
+  FUSEFORMER_DEVICE void multiply_dy(float (&dhidden)[1][kUnitTiles][4], int tile, int stage,
                                      const Between& between) {
     multiply<Traits::kWidth / 16>(
         dhidden,
-        [&](uint32_t(&a)[4], int tile, int step) {
+        [&](uint32_t(&a)[4], int, int step) {
           ldmatrix_x4(a, token_rows.at(tile, step) + (Traits::kDyOffset - Traits::kTokenOffset) +
                              stage);
         },
@@ -157,6 +181,14 @@ struct FeedForwardBackwardWarp {
   // dweight += dh.T @ x, or a.T @ dy
   template <typename Between>
   FUSEFORMER_DEVICE void add_to_weights(int stage, const Between& between) {
+    // Products with ones sum over the tokens of a step. All columns are the same, hence two numbers
+    // of a lane, which are kept in shared memory.
+    float dbias[kBiasTiles][4];
+    FUSEFORMER_UNROLL
+    for (int tile = 0; tile < kBiasTiles; ++tile) {
+      FUSEFORMER_UNROLL
+      for (int j = 0; j < 4; ++j) dbias[tile][j] = *bias_sum(tile, j / 2);
+    }
     multiply<Traits::kBlockM / 16>(
         dweight,
         [&](uint32_t(&a)[4], int tile, int step) {
@@ -165,9 +197,75 @@ struct FeedForwardBackwardWarp {
         [&](uint32_t(&b)[4], int pair, int step) {
           ldmatrix_x4_transposed(b, token_columns.at(step, pair) + stage);
         },
-        between);
+        [&](int step, const uint32_t(&a)[kWeightRowTiles][4]) {
+          const uint32_t ones = pack<Element>(1.0f, 1.0f);
+          FUSEFORMER_UNROLL
+          for (int tile = 0; tile < kBiasTiles; ++tile) {
+            mma_16x8x16<Element>(dbias[tile], a[tile], ones, ones);
+          }
+          between(step);
+        });
+    if (threadIdx.x % 4 == 0) {
+      FUSEFORMER_UNROLL
+      for (int tile = 0; tile < kBiasTiles; ++tile) {
+        *bias_sum(tile, 0) = dbias[tile][0];
+        *bias_sum(tile, 1) = dbias[tile][2];
+      }
+    }
   }
 };
+
+// What a block of the grid takes: hidden units, and one of the splits of the tokens.
+struct UnitBlock {
+  int first_unit;
+  int split;
+};
+
+template <typename Traits>
+FUSEFORMER_DEVICE UnitBlock unit_block(const FeedForwardGradientParams& given, int index) {
+  const int blocks = (given.forward.hidden + Traits::kBlockH - 1) / Traits::kBlockH;
+  return {index % blocks * Traits::kBlockH, index / blocks};
+}
+
+// Writes the sums of a block over its tokens.
+template <typename Traits>
+FUSEFORMER_DEVICE void write_sums(const FeedForwardGradientParams& given,
+                                  const FeedForwardBackwardWarp<Traits>& warp) {
+  using Warp = FeedForwardBackwardWarp<Traits>;
+  constexpr int kWidth = Traits::kWidth;
+  // Computed again: the loop has no registers for it.
+  uint32_t thread = threadIdx.x, block = blockIdx.x;
+  compute_again(thread);
+  compute_again(block);
+  const auto [block_unit, split] = unit_block<Traits>(given, static_cast<int>(block));
+  const int lane = thread % 32, index = thread / 32, units = given.forward.hidden - block_unit;
+  const bool of_dy = index / Traits::kWeightWarps;
+  const int place = index % Traits::kWeightWarps;
+  const int row = place % Traits::kWeightRowWarps * Warp::kWeightRowTiles * 16 + lane / 4;
+  const int column = place / Traits::kWeightRowWarps * Warp::kWeightColumnTiles * 8 + lane % 4 * 2;
+  float* const sums = given.weight_sums +
+                      (int64_t{2} * split + of_dy) * given.forward.hidden * kWidth +
+                      int64_t{block_unit} * kWidth + column;
+  float* const bias_sums = given.bias_sums + int64_t{split} * given.forward.hidden + block_unit;
+  FUSEFORMER_UNROLL
+  for (int tile = 0; tile < Warp::kWeightRowTiles; ++tile) {
+    FUSEFORMER_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int unit = row + 16 * (tile ^ Warp::first_tile(place)) + 8 * half;
+      if (unit >= units) continue;
+      FUSEFORMER_UNROLL
+      for (int i = 0; i < Warp::kWeightColumnTiles; ++i) {
+        FUSEFORMER_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          sums[unit * kWidth + 8 * i + j] = warp.dweight[tile][i][2 * half + j];
+        }
+      }
+      if (tile < Warp::kBiasTiles && !of_dy && lane % 4 == 0) {
+        bias_sums[unit] = *warp.bias_sum(tile, half);
+      }
+    }
+  }
+}
 
 // Grid: (unit blocks * splits of the tokens,), unit blocks fastest. Shared memory: see the traits.
 template <typename Traits, typename Kind, bool kDropout>
@@ -179,9 +277,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   constexpr int kThreads = Traits::kThreads;
 
   const FeedForwardParams& params = given.forward;
-  const int unit_blocks = (params.hidden + kBlockH - 1) / kBlockH;
-  const int split = blockIdx.x / unit_blocks, turn = blockIdx.x % unit_blocks;
-  const int block_unit = turn * kBlockH, units = params.hidden - block_unit;
+  const auto [block_unit, split] = unit_block<Traits>(given, blockIdx.x);
+  const int units = params.hidden - block_unit;
   const int steps = (params.tokens + kBlockM - 1) / kBlockM;
   const int split_steps = (steps + given.splits - 1) / given.splits;
   const int first = split * split_steps, end = minimum(steps, first + split_steps);
@@ -190,14 +287,15 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int warp_unit = index % Traits::kUnitWarps * Warp::kUnitTiles * 8;
   const int lane_row = index / Traits::kUnitWarps * Warp::kRowTiles * 16 + lane / 4;
   const int lane_unit = warp_unit + lane % 4 * 2;
+  const int warp_units = units - warp_unit;  // that exist
+  const auto warp_first_unit = [&] { return params.hidden - warp_units; };
   const SharedAddress shared = shared_address(dynamic_shared());
   const SharedAddress token_tile = shared + Traits::kTokenOffset;
   const SharedAddress dy_tile = shared + Traits::kDyOffset;
   float* const biases = reinterpret_cast<float*>(dynamic_shared() + Traits::kBiasOffset);
   Warp warp(shared, index, lane);
 
-  const TileCopy<kWidth, kBlockM, kThreads> x_copy(thread, params.x.row_stride);
-  const TileCopy<kWidth, kBlockM, kThreads> dy_copy(thread, given.dy.row_stride);
+  using TokenCopy = TileCopy<kWidth, kBlockM, kThreads>;
   const auto rows_of = [](const RowTensor& tensor, int step) {
     return static_cast<const char*>(tensor.data) + int64_t{2} * kBlockM * step * tensor.row_stride;
   };
@@ -211,8 +309,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
     // Only the last step may reach past the last token: steps are taken from the end.
     if (first < end) {
       const int tokens = params.tokens - (end - 1) * kBlockM;
-      x_copy.begin_bounded(token_tile, rows_of(params.x, end - 1), tokens);
-      dy_copy.begin_bounded(dy_tile, rows_of(given.dy, end - 1), tokens);
+      TokenCopy(thread, params.x.row_stride)
+          .begin_bounded(token_tile, rows_of(params.x, end - 1), tokens);
+      TokenCopy(thread, given.dy.row_stride)
+          .begin_bounded(dy_tile, rows_of(given.dy, end - 1), tokens);
     }
     copy_async_commit();
   }
@@ -221,6 +321,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     biases[unit] =
         exists ? to_float(static_cast<const Element*>(params.b1)[block_unit + unit]) : 0.0f;
   }
+  for (int i = thread; i < Traits::kBiasSums; i += kThreads) biases[kBlockH + i] = 0.0f;
   // Units that do not exist are never written, nor are they NaN where a token is infinite.
   for (int word = thread; word < 2 * Traits::kHiddenBytes / 16; word += kThreads) {
     const Sixteen zeros = {};
@@ -234,6 +335,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
   int stage = 0;
   const auto begin_next = [&](int step, int to) {
     const bool more = step > first;
+    // What the copies of a thread are is computed in each step: there are no registers to keep it.
+    uint32_t again = threadIdx.x;
+    compute_again(again);
+    const TokenCopy x_copy(again, params.x.row_stride), dy_copy(again, given.dy.row_stride);
     x_copy.begin_if(token_tile + to, rows_of(params.x, step - 1) + x_copy.start, more);
     dy_copy.begin_if(dy_tile + to, rows_of(given.dy, step - 1) + dy_copy.start, more);
     copy_async_commit();
@@ -242,22 +347,21 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using DxPart = float[Warp::kDxRowTiles][Warp::kDxPartTiles][4];
   const auto add_dx = [&](const DxPart& dx, int step, int part, int share, int count) {
     constexpr int kTiles = Warp::kDxRowTiles * Warp::kDxPartTiles;
-    float* sums = given.dx_sums + int64_t{step} * (kBlockM * kWidth) + thread;
+    float* const sums = given.dx_sums + int64_t{step} * (kBlockM * kWidth) + thread;
     FUSEFORMER_UNROLL
     for (int i = 0; i < kTiles / count; ++i) {
-      const int tile = share * (kTiles / count) + i;
+      const int tile = (share * (kTiles / count) + i) / Warp::kDxPartTiles;
+      const int column = (share * (kTiles / count) + i) % Warp::kDxPartTiles;
+      const int place = 4 * Traits::dx_place(tile, part * Warp::kDxPartTiles + column);
       FUSEFORMER_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        atomic_add(sums + (4 * (part * kTiles + tile) + j) * kThreads,
-                   dx[tile / Warp::kDxPartTiles][tile % Warp::kDxPartTiles][j]);
-      }
+      for (int j = 0; j < 4; ++j) atomic_add(sums + (place + j) * kThreads, dx[tile][column][j]);
     }
   };
   // Keeps the lane's units of a tile for other warps. Such as do not exist stay 0.
   const auto store = [&](const float (&values)[4], int tile, int i, int offset) {
     FUSEFORMER_UNROLL
     for (int half = 0; half < 2; ++half) {
-      if (warp_unit + 8 * i < units) {
+      if (8 * i < warp_units) {
         *reinterpret_cast<uint32_t*>(dynamic_shared() + (warp.stored ^ 16 * i) + offset +
                                      (16 * tile + 8 * half) * Tile<kBlockH>::kRowBytes) =
             pack<Element>(values[2 * half], values[2 * half + 1]);
@@ -268,14 +372,15 @@ __global__ void __launch_bounds__(Traits::kThreads)
     // Everyone has left the last step, and this step's copies are in.
     copy_async_wait<0>();
     block_barrier();
-    if (thread == 0 && step + 1 < end) pass_turn(given.turns + step + 1);
     if constexpr (Traits::kStages == 2) begin_next(step, Traits::kTokenBytes - stage);
     warp.compute_addresses_again();
 
     uint32_t kept = 0;
     if constexpr (kDropout) {
+      compute_again(seed.low);
+      compute_again(seed.high);
       kept = kept_units<Warp::kRowTiles, Warp::kUnitTiles>(
-          seed, step * kBlockM + lane_row, block_unit + lane_unit, params.dropout_threshold);
+          seed, step * kBlockM + lane_row, warp_first_unit() + lane % 4 * 2, params.dropout_threshold);
     }
     float hidden[Warp::kRowTiles][Warp::kUnitTiles][4];
     FUSEFORMER_UNROLL
@@ -287,110 +392,77 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
     }
     warp.multiply_tokens(hidden, stage);
-    float dhidden[Warp::kRowTiles][Warp::kUnitTiles][4] = {};
-    constexpr int kTiles = Warp::kRowTiles * Warp::kUnitTiles;
-    constexpr int kAtOnce = (kTiles + kWidth / 16 - 1) / (kWidth / 16);
-    const auto keeps = [&](int tile, int i, int j) {
-      return !kDropout || (kept >> ((tile * Warp::kUnitTiles + i) * 4 + j) & 1);
-    };
-    // Activations are computed while products run; their slopes take their place.
-    warp.multiply_dy(dhidden, stage, [&](int width_step) {
+    const auto activate_tile = [&](auto kind, int place) {
+      const int tile = place / Warp::kUnitTiles, i = place % Warp::kUnitTiles;
+      float values[4];
       FUSEFORMER_UNROLL
-      for (int place = width_step * kAtOnce; place < (width_step + 1) * kAtOnce; ++place) {
-        if (place >= kTiles) break;
-        const int tile = place / Warp::kUnitTiles, i = place % Warp::kUnitTiles;
-        float values[4];
-        with_kind<Kind>(given.activation, [&](auto kind) {
-          FUSEFORMER_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            float& slope = hidden[tile][i][j];
-            values[j] = activate_with_slope<decltype(kind)::value>(slope, slope);
-            if (!keeps(tile, i, j)) values[j] = slope = 0.0f;
-          }
-        });
-        store(values, tile, i, 0);
+      for (int j = 0; j < 4; ++j) {
+        float& slope = hidden[tile][i][j];  // in the place of what it is the slope at
+        values[j] = activate_with_slope<decltype(kind)::value>(slope, slope);
+        if (kDropout && !(kept >> (4 * place + j) & 1)) values[j] = slope = 0.0f;
       }
-    });
+      store(values, tile, i, 0);
+    };
+    // One activation is computed while products run, a choice of them before: it is made once.
+    constexpr int kTiles = Warp::kRowTiles * Warp::kUnitTiles;
+    constexpr bool kChooses = std::is_same_v<Kind, SmoothActivation>;
+    if constexpr (kChooses) {
+      with_activation_of<Kind>(given.activation, [&](auto kind) {
+        FUSEFORMER_UNROLL
+        for (int place = 0; place < kTiles; ++place) activate_tile(kind, place);
+      });
+    }
+    float dhidden[Warp::kRowTiles][1][Warp::kUnitTiles][4] = {};
+    const auto finish_tile = [&](int tile, int i) {
+      float(&gradient)[4] = dhidden[tile][0][i];
+      FUSEFORMER_UNROLL
+      for (int j = 0; j < 4; ++j) gradient[j] *= hidden[tile][i][j];
+      store(gradient, tile, i, Traits::kHiddenBytes);
+    };
     FUSEFORMER_UNROLL
     for (int tile = 0; tile < Warp::kRowTiles; ++tile) {
-      FUSEFORMER_UNROLL
-      for (int i = 0; i < Warp::kUnitTiles; ++i) {
-        FUSEFORMER_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          dhidden[tile][i][j] *= hidden[tile][i][j];
-          warp.dbias[i][j % 2] += dhidden[tile][i][j];
+      warp.multiply_dy(dhidden[tile], tile, stage, [&](int width_step, const auto&) {
+        if constexpr (!kChooses) {
+          if (tile == 0) {
+            warp.share(kTiles, width_step, [&](int place) { activate_tile(Kind(), place); });
+          }
         }
-        store(dhidden[tile][i], tile, i, Traits::kHiddenBytes);
-      }
+        if (tile > 0) {
+          warp.share(Warp::kUnitTiles, width_step, [&](int i) { finish_tile(tile - 1, i); });
+        }
+      });
     }
-    if (thread == 0) wait_for_turn(given.turns + step, turn);
+    FUSEFORMER_UNROLL
+    for (int i = 0; i < Warp::kUnitTiles; ++i) finish_tile(Warp::kRowTiles - 1, i);
+    if (thread == 0) wait_for_turn(given.turns + step, warp_first_unit() / kBlockH * Traits::kWarps);
     block_barrier();
     float dx[Traits::kDxParts][Warp::kDxRowTiles][Warp::kDxPartTiles][4] = {};
-    const auto nothing = [](int) {};
+    const auto nothing = [](int, const auto&) {};
+    // The sums of a part leave while the next products run.
+    warp.multiply_dhidden(dx[0], 0, nothing);
+    warp.add_to_weights(stage, [&](int k) { add_dx(dx[0], step, 0, k, kBlockM / 16); });
     if constexpr (Traits::kStages == 2) {
-      static_assert(Traits::kDxParts == 1);
-      warp.multiply_dhidden(dx[0], 0, nothing);
-      warp.add_to_weights(stage, [&](int k) { add_dx(dx[0], step, 0, k, kBlockM / 16); });
       stage = Traits::kTokenBytes - stage;
     } else {
-      warp.add_to_weights(0, nothing);
       block_barrier();
       begin_next(step, 0);
-      warp.multiply_dhidden(dx[0], 0, nothing);
-      if constexpr (Traits::kDxParts == 2) {
-        warp.multiply_dhidden(dx[1], 1, [&](int k) { add_dx(dx[0], step, 0, k, kBlockH / 16); });
-      }
+    }
+    FUSEFORMER_UNROLL
+    for (int part = 1; part < Traits::kDxParts; ++part) {
+      warp.multiply_dhidden(dx[part], part, [&](int k, const auto&) {
+        if (part > 1) add_dx(dx[part - 1], step, part - 1, k, kBlockH / 16);
+      });
+    }
+    if constexpr (Traits::kDxParts > 1) {
       add_dx(dx[Traits::kDxParts - 1], step, Traits::kDxParts - 1, 0, 1);
     }
+    // What all lanes have added is seen before the turn passes: a turn is one of each warp.
     publish();
+    warp_barrier();
+    if (lane == 0) pass_turn(given.turns + step);
   }
-  block_barrier();
-  if (thread == 0 && first < end) pass_turn(given.turns + first);
 
-  // Sums of the weights.
-  const bool of_dy = index / Traits::kWeightWarps;
-  const int place = index % Traits::kWeightWarps;
-  const int row = place % Traits::kWeightRowWarps * Warp::kWeightRowTiles * 16 + lane / 4;
-  const int column =
-      place / Traits::kWeightRowWarps * Warp::kWeightColumnTiles * 8 + lane % 4 * 2;
-  float* const sums = given.weight_sums +
-                      (int64_t{2} * split + of_dy) * params.hidden * kWidth +
-                      int64_t{block_unit} * kWidth + column;
-  FUSEFORMER_UNROLL
-  for (int tile = 0; tile < Warp::kWeightRowTiles; ++tile) {
-    FUSEFORMER_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int unit = row + 16 * tile + 8 * half;
-      if (unit >= units) continue;
-      FUSEFORMER_UNROLL
-      for (int i = 0; i < Warp::kWeightColumnTiles; ++i) {
-        FUSEFORMER_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          sums[unit * kWidth + 8 * i + j] = warp.dweight[tile][i][2 * half + j];
-        }
-      }
-    }
-  }
-  // Those of the bias: over the lanes that have the same units, then over the warps.
-  float* const warp_sums = reinterpret_cast<float*>(dynamic_shared() + Traits::kHiddenOffset);
-  FUSEFORMER_UNROLL
-  for (int i = 0; i < Warp::kUnitTiles; ++i) {
-    FUSEFORMER_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      float sum = warp.dbias[i][j];
-      FUSEFORMER_UNROLL
-      for (int mask = 4; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-      if (lane < 4) {
-        warp_sums[index / Traits::kUnitWarps * kBlockH + lane_unit + 8 * i + j] = sum;
-      }
-    }
-  }
-  block_barrier();
-  for (int unit = thread; unit < minimum(kBlockH, units); unit += kThreads) {
-    float sum = 0.0f;
-    for (int i = 0; i < Traits::kTokenWarps; ++i) sum += warp_sums[i * kBlockH + unit];
-    given.bias_sums[int64_t{split} * params.hidden + block_unit + unit] = sum;
-  }
+  write_sums(given, warp);
 }
 
 }  // namespace fuseformer

@@ -5,6 +5,9 @@
 
 namespace fuseformer {
 
+// The shared memory that a block may have on every GPU from sm_80 on.
+constexpr int kBackwardLeastShared = 99 * 1024;
+
 // A block owns hidden units and walks over steps of tokens. Of each product its warps share the
 // result as tiles that are as square as they can be: what they load from shared memory is least.
 template <typename Element_, int kWidth_, int kBlockM_, int kBlockH_, int kTokenWarps_,
@@ -28,11 +31,18 @@ struct FeedForwardBackwardTraits {
   static constexpr int kDxRowWarps = kBlockM / 16 / kDxRowTiles;
   static constexpr int kDxColumnTiles = kWidth / (kWarps / kDxRowWarps) / 8;
   static constexpr int kDxParts = kDxColumnTiles > 4 ? 2 : 1;  // that follow each other
+  static constexpr int kDxPartTiles = kDxColumnTiles / kDxParts;
+  // Where a tile is among the sums of dx that a thread has: part after part.
+  static constexpr FUSEFORMER_DEVICE int dx_place(int row_tile, int column_tile) {
+    return (column_tile / kDxPartTiles * kDxRowTiles + row_tile) * kDxPartTiles +
+           column_tile % kDxPartTiles;
+  }
   // The same of the weight gradients: half of the warps have dw1, the others dw2 transposed.
   static constexpr int kWeightWarps = kWarps / 2;
-  static constexpr int kWeightRowTiles = kBlockH < 64 ? kBlockH / 16 : 4;
+  static constexpr int kWeightRowTiles = kBlockH < 64 ? 2 : 4;
   static constexpr int kWeightRowWarps = kBlockH / 16 / kWeightRowTiles;
   static constexpr int kWeightColumnTiles = kWidth / (kWeightWarps / kWeightRowWarps) / 8;
+  static constexpr int kBiasTiles = kWeightRowTiles * kWeightRowWarps / kWeightWarps;
 
   static constexpr int kWeightBytes = 2 * kBlockH * kWidth;  // of either matrix
   static constexpr int kTokenBytes = 2 * kBlockM * kWidth;
@@ -43,13 +53,16 @@ struct FeedForwardBackwardTraits {
   static constexpr int kDyOffset = kTokenOffset + kStages * kTokenBytes;
   static constexpr int kHiddenOffset = kDyOffset + kStages * kTokenBytes;
   static constexpr int kBiasOffset = kHiddenOffset + 2 * kHiddenBytes;
-  static constexpr int kSharedBytes = kBiasOffset + 4 * kBlockH;
+  static constexpr int kBiasSumOffset = kBiasOffset + 4 * kBlockH;
+  static constexpr int kBiasSums = kWarps * kBiasTiles * 16;
+  static constexpr int kSharedBytes = kBiasSumOffset + 4 * kBiasSums;
 
   static_assert(kTokenWarps * kRowTiles * 16 == kBlockM && kUnitWarps * kUnitTiles * 8 == kBlockH);
   static_assert(kDxRowWarps * kDxRowTiles * 16 == kBlockM &&
                 kWarps / kDxRowWarps * kDxColumnTiles * 8 == kWidth);
   static_assert(kWeightRowWarps * kWeightRowTiles * 16 == kBlockH &&
-                kWeightWarps / kWeightRowWarps * kWeightColumnTiles * 8 == kWidth);
+                kWeightWarps / kWeightRowWarps * kWeightColumnTiles * 8 == kWidth &&
+                kBiasTiles * kWeightWarps == kWeightRowTiles * kWeightRowWarps);
 };
 
 template <typename Element, int kWidth>
@@ -64,7 +77,7 @@ template <typename Element>
 struct FeedForwardBackwardConfig<Element, 256>
     : FeedForwardBackwardTraits<Element, 256, 64, 64, 4, 2, 1> {};
 
-// What fits into kLeastShared where those above do not.
+// What fits into kBackwardLeastShared where those above do not.
 template <typename Element, int kWidth>
 struct SmallFeedForwardBackwardConfig;
 template <typename Element>
