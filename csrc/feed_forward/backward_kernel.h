@@ -372,6 +372,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     // Everyone has left the last step, and this step's copies are in.
     copy_async_wait<0>();
     block_barrier();
+    if (thread == 0 && step + 1 < end) pass_turn(given.turns + step + 1);
     if constexpr (Traits::kStages == 2) begin_next(step, Traits::kTokenBytes - stage);
     warp.compute_addresses_again();
 
@@ -434,7 +435,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
     FUSEFORMER_UNROLL
     for (int i = 0; i < Warp::kUnitTiles; ++i) finish_tile(Warp::kRowTiles - 1, i);
-    if (thread == 0) wait_for_turn(given.turns + step, warp_first_unit() / kBlockH * Traits::kWarps);
+    if (thread == 0) wait_for_turn(given.turns + step, warp_first_unit() / kBlockH);
     block_barrier();
     float dx[Traits::kDxParts][Warp::kDxRowTiles][Warp::kDxPartTiles][4] = {};
     const auto nothing = [](int, const auto&) {};
@@ -456,11 +457,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
     if constexpr (Traits::kDxParts > 1) {
       add_dx(dx[Traits::kDxParts - 1], step, Traits::kDxParts - 1, 0, 1);
     }
-    // What all lanes have added is seen before the turn passes: a turn is one of each warp.
     publish();
-    warp_barrier();
-    if (lane == 0) pass_turn(given.turns + step);
   }
+  block_barrier();
+  if (thread == 0 && first < end) pass_turn(given.turns + first);
 
   write_sums(given, warp);
 }

@@ -127,7 +127,11 @@ def build_feed_forward(
         mode,
         kernels or sources / "emulator" / "feed_forward_kernels.cpp",
         bindings="feed_forward_bindings",
-        host=("feed_forward/feed_forward.cpp", "feed_forward/linear.cpp"),
+        host=(
+            "feed_forward/feed_forward.cpp",
+            "feed_forward/backward.cpp",
+            "feed_forward/linear.cpp",
+        ),
         sources=sources,
     )
 
