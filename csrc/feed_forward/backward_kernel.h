@@ -285,7 +285,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
   const int thread = threadIdx.x, lane = thread % 32, index = thread / 32;
   const int warp_unit = index % Traits::kUnitWarps * Warp::kUnitTiles * 8;
-  const int lane_row = index / Traits::kUnitWarps * Warp::kRowTiles * 16 + lane / 4;
   const int lane_unit = warp_unit + lane % 4 * 2;
   const int warp_units = units - warp_unit;  // that exist
   const auto warp_first_unit = [&] { return params.hidden - warp_units; };
@@ -326,10 +325,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
   for (int word = thread; word < 2 * Traits::kHiddenBytes / 16; word += kThreads) {
     const Sixteen zeros = {};
     copy_16(dynamic_shared() + Traits::kHiddenOffset + 16 * word, &zeros);
-  }
-  PhiloxKey seed{0, 0};
-  if constexpr (kDropout) {
-    seed = seed_of(params.seed);
   }
 
   int stage = 0;
@@ -378,10 +373,13 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
     uint32_t kept = 0;
     if constexpr (kDropout) {
-      compute_again(seed.low);
-      compute_again(seed.high);
+      // Neither the seed nor the lane's place is kept from step to step.
+      uint32_t again = threadIdx.x;
+      compute_again(again);
+      const int row = again / 32 / Traits::kUnitWarps * Warp::kRowTiles * 16 + again % 32 / 4;
       kept = kept_units<Warp::kRowTiles, Warp::kUnitTiles>(
-          seed, step * kBlockM + lane_row, warp_first_unit() + lane % 4 * 2, params.dropout_threshold);
+          seed_of(params.seed), step * kBlockM + row, warp_first_unit() + again % 4 * 2,
+          params.dropout_threshold);
     }
     float hidden[Warp::kRowTiles][Warp::kUnitTiles][4];
     FUSEFORMER_UNROLL

@@ -30,7 +30,7 @@ struct FeedForwardBackwardTraits {
   static constexpr int kDxRowTiles = 2;
   static constexpr int kDxRowWarps = kBlockM / 16 / kDxRowTiles;
   static constexpr int kDxColumnTiles = kWidth / (kWarps / kDxRowWarps) / 8;
-  static constexpr int kDxParts = kDxColumnTiles > 4 ? 2 : 1;  // that follow each other
+  static constexpr int kDxParts = kDxColumnTiles <= 4 ? 1 : kWarps < 8 ? 4 : 2;  // that follow each other
   static constexpr int kDxPartTiles = kDxColumnTiles / kDxParts;
   // Where a tile is among the sums of dx that a thread has: part after part.
   static constexpr FUSEFORMER_DEVICE int dx_place(int row_tile, int column_tile) {
