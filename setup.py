@@ -38,6 +38,7 @@ HOST_SOURCES = (
     "attention/decode.cpp",
     "feed_forward/feed_forward.cpp",
     "feed_forward/linear.cpp",
+    "feed_forward/backward.cpp",
 )
 KERNEL_SOURCES = tuple(
     f"{which}_{dtype}.cu"
@@ -47,6 +48,7 @@ KERNEL_SOURCES = tuple(
         "attention/decode",
         "feed_forward/forward",
         "feed_forward/linear",
+        "feed_forward/backward",
     )
     for dtype in ("bf16", "fp16")
 )

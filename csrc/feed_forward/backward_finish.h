@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     for (int half = 0; half < 2; ++half) {
       const int token = row + 16 * tile + 8 * half;
       if (token >= given.forward.tokens) continue;
-      Element* const dx = static_cast<Element*>(given.dx.data) + token * given.dx.row_stride + column;
+      Element* const dx =
+          static_cast<Element*>(given.dx.data) + token * given.dx.row_stride + column;
       FUSEFORMER_UNROLL
       for (int i = 0; i < Traits::kDxColumnTiles; ++i) {
         const float* pair = sums + (4 * Traits::dx_place(tile, i) + 2 * half) * Traits::kThreads;
@@ -42,7 +43,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
 // Writes eight numbers, the sums of splits that `sum_of` returns, times the factor.
 template <typename Element, typename Function>
-FUSEFORMER_DEVICE void finish_eight(void* target, int splits, float factor, const Function& summand) {
+FUSEFORMER_DEVICE void finish_eight(void* target, int splits, float factor,
+                                    const Function& summand) {
   float sums[8] = {};
   for (int split = 0; split < splits; ++split) {
     FUSEFORMER_UNROLL
@@ -71,9 +73,8 @@ __global__ void __launch_bounds__(kFinishThreads)
     return given.weight_sums + (int64_t{2} * split + matrix) * hidden * kWidth;
   };
   if (index < eights) {
-    finish_eight<Element>(
-        static_cast<Element*>(given.dw1) + 8 * index, given.splits, factor,
-        [&](int split, int i) { return weight_sums(split, 0)[8 * index + i]; });
+    finish_eight<Element>(static_cast<Element*>(given.dw1) + 8 * index, given.splits, factor,
+                          [&](int split, int i) { return weight_sums(split, 0)[8 * index + i]; });
   } else if (index < 2 * eights) {
     const int column = index % kWidth;
     const int64_t unit = (index - eights) / kWidth * 8;

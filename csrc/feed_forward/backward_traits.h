@@ -26,11 +26,17 @@ struct FeedForwardBackwardTraits {
   static constexpr int kUnitWarps = kUnitWarps_;
   static constexpr int kRowTiles = kBlockM / kTokenWarps / 16;
   static constexpr int kUnitTiles = kBlockH / kUnitWarps / 8;
+  // The gradients of its rows are computed in parts where both at once would take the registers
+  // that narrow weights leave free.
+  static constexpr int kDyParts = kWidth > 64 ? kRowTiles : 1;
+  static constexpr int kDyPartTiles = kRowTiles / kDyParts;
   // The same of dx of a step.
   static constexpr int kDxRowTiles = 2;
   static constexpr int kDxRowWarps = kBlockM / 16 / kDxRowTiles;
   static constexpr int kDxColumnTiles = kWidth / (kWarps / kDxRowWarps) / 8;
-  static constexpr int kDxParts = kDxColumnTiles <= 4 ? 1 : kWarps < 8 ? 4 : 2;  // that follow each other
+  static constexpr int kDxParts = kDxColumnTiles <= 4 ? 1
+                                  : kBlockM < 64      ? 4
+                                                      : 2;  // that follow each other
   static constexpr int kDxPartTiles = kDxColumnTiles / kDxParts;
   // Where a tile is among the sums of dx that a thread has: part after part.
   static constexpr FUSEFORMER_DEVICE int dx_place(int row_tile, int column_tile) {
@@ -69,7 +75,7 @@ template <typename Element, int kWidth>
 struct FeedForwardBackwardConfig;
 template <typename Element>
 struct FeedForwardBackwardConfig<Element, 64>
-    : FeedForwardBackwardTraits<Element, 64, 64, 64, 2, 2, 2> {};
+    : FeedForwardBackwardTraits<Element, 64, 64, 128, 2, 4, 2> {};
 template <typename Element>
 struct FeedForwardBackwardConfig<Element, 128>
     : FeedForwardBackwardTraits<Element, 128, 64, 128, 2, 4, 2> {};
@@ -82,7 +88,7 @@ template <typename Element, int kWidth>
 struct SmallFeedForwardBackwardConfig;
 template <typename Element>
 struct SmallFeedForwardBackwardConfig<Element, 128>
-    : FeedForwardBackwardTraits<Element, 128, 64, 64, 2, 2, 1> {};
+    : FeedForwardBackwardTraits<Element, 128, 64, 64, 4, 2, 1> {};
 template <typename Element>
 struct SmallFeedForwardBackwardConfig<Element, 256>
     : FeedForwardBackwardTraits<Element, 256, 32, 32, 2, 2, 1> {};
