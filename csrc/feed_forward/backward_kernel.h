@@ -53,6 +53,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
         shared, static_cast<const char*>(params.w1) + int64_t{2} * block_unit * kWidth, units);
     w2_copy.begin_narrow(shared + Traits::kWeightBytes,
                          static_cast<const char*>(params.w2.data) + 2 * block_unit, units);
+    // Units that do not exist are never written, nor are they NaN where a token is infinite.
+    if (units < kBlockH) {
+      for (int chunk = thread; chunk < 2 * Traits::kHiddenBytes / 16; chunk += kThreads) {
+        copy_async_16_or_zero(shared + Traits::kHiddenOffset + 16 * chunk, params.w1, false);
+      }
+    }
     // Only the last step may reach past the last token: steps are taken from the end.
     if (first < end) {
       const int tokens = params.tokens - (end - 1) * kBlockM;
@@ -69,12 +75,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
         exists ? to_float(static_cast<const Element*>(params.b1)[block_unit + unit]) : 0.0f;
   }
   for (int i = thread; i < Traits::kBiasSums; i += kThreads) biases[kBlockH + i] = 0.0f;
-  // Units that do not exist are never written, nor are they NaN where a token is infinite.
-  for (int word = thread; word < 2 * Traits::kHiddenBytes / 16; word += kThreads) {
-    const Sixteen zeros = {};
-    copy_16(dynamic_shared() + Traits::kHiddenOffset + 16 * word, &zeros);
-  }
-
   int stage = 0;
   const auto begin_next = [&](int step, int to) {
     const bool more = step > first;
@@ -90,6 +90,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using DxPart = float[Warp::kDxRowTiles][Warp::kDxPartTiles][4];
   const auto add_dx = [&](const DxPart& dx, int step, int part, int share, int count) {
     constexpr int kTiles = Warp::kDxRowTiles * Warp::kDxPartTiles;
+    static_assert(kTiles % (kBlockM / 16) == 0 &&
+                  (Traits::kDxParts <= 2 || kTiles % (kBlockH / 16) == 0));
     float* const sums = given.dx_sums + int64_t{step} * (kBlockM * kWidth) + thread;
     FUSEFORMER_UNROLL
     for (int i = 0; i < kTiles / count; ++i) {

@@ -172,13 +172,14 @@ struct FeedForwardBackwardWarp {
   // dweight += dh.T @ x, or a.T @ dy
   template <typename Between>
   FUSEFORMER_DEVICE void add_to_weights(int stage, const Between& between) {
-    // Products with ones sum over the tokens of a step. All columns are the same, hence two numbers
-    // of a lane, which are kept in shared memory.
+    // Products with ones sum over the tokens of a step. All columns are the same: the lane of the
+    // first ones keeps two numbers in shared memory.
+    const bool keeps_sums = threadIdx.x % 4 == 0;
     float dbias[kBiasTiles][4];
     FUSEFORMER_UNROLL
     for (int tile = 0; tile < kBiasTiles; ++tile) {
       FUSEFORMER_UNROLL
-      for (int j = 0; j < 4; ++j) dbias[tile][j] = *bias_sum(tile, j / 2);
+      for (int j = 0; j < 4; ++j) dbias[tile][j] = keeps_sums ? *bias_sum(tile, j / 2) : 0.0f;
     }
     multiply<Traits::kBlockM / 16>(
         dweight,
@@ -196,7 +197,7 @@ struct FeedForwardBackwardWarp {
           }
           between(step);
         });
-    if (threadIdx.x % 4 == 0) {
+    if (keeps_sums) {
       FUSEFORMER_UNROLL
       for (int tile = 0; tile < kBiasTiles; ++tile) {
         *bias_sum(tile, 0) = dbias[tile][0];
