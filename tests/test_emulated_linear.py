@@ -5,7 +5,7 @@ import torch
 from block_checks import FeedForwardCase as Case
 from block_checks import check_feed_forward, check_feed_forward_dropout
 from emulated import EmulatorError, Kernels
-from emulator_build import build_feed_forward, build_planted
+from emulator_build import WITHOUT_BACKWARD, build_feed_forward, build_planted
 
 import fuseformer as ff
 
@@ -133,7 +133,8 @@ def test_the_compiled_op_names_what_is_wrong(place, wrong, said, plain):
 # Planted bugs
 # ------------------------------------------------------------------------------------------------
 
-KERNELS = """
+KERNELS = (
+    """
 #include "feed_forward/launch.h"
 #include "feed_forward/linear_launch.h"
 namespace fuseformer {
@@ -155,6 +156,8 @@ const char* feed_forward_forward<Bfloat16>(const FeedForwardParams&, int, Activa
 }
 }  // namespace fuseformer
 """
+    + WITHOUT_BACKWARD
+)
 LINEAR, GRADIENT = "feed_forward/linear_kernel.h", "feed_forward/gradient_kernel.h"
 ACTIVATION = "feed_forward/activation.h"
 WIDE = Case((130, 136, 264, 40), "gelu", BF16, 0.1)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from emulated import EmulatorError
 from emulated_feed_forward import Case, FeedForward, check
-from emulator_build import build_feed_forward, build_planted
+from emulator_build import WITHOUT_BACKWARD, build_feed_forward, build_planted
 
 BF16 = torch.bfloat16
 
 # One width and two activations: what is planted is compiled for each bug.
-KERNELS = """
+KERNELS = (
+    """
 #include "feed_forward/launch.h"
 #include "feed_forward/linear_launch.h"
 namespace fuseformer {
@@ -36,6 +37,8 @@ const char* feed_forward_forward<Half>(const FeedForwardParams&, int, Activation
 }
 }  // namespace fuseformer
 """
+    + WITHOUT_BACKWARD
+)
 
 # An odd number of steps: the last one reads where the output will be written.
 PLAIN = Case(150, 128, 168, BF16)

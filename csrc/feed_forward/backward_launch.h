@@ -9,23 +9,14 @@
 namespace fuseformer {
 
 template <typename Traits, typename Kind>
-const char* launch_backward_of(const FeedForwardGradientParams& given, Stream stream) {
+const char* launch_feed_forward_backward(const FeedForwardGradientParams& given, Stream stream) {
+  using Element = typename Traits::Element;
   const auto kernel = given.forward.seed != nullptr
                           ? feed_forward_backward_kernel<Traits, Kind, true>
                           : feed_forward_backward_kernel<Traits, Kind, false>;
   const int64_t unit_blocks = (given.forward.hidden + Traits::kBlockH - 1) / Traits::kBlockH;
-  return launch_kernel(kernel, unit_blocks * given.splits, Traits::kThreads, Traits::kSharedBytes,
-                       stream, given);
-}
-
-template <typename Traits>
-const char* launch_feed_forward_backward(const FeedForwardGradientParams& given, Stream stream) {
-  using Element = typename Traits::Element;
-  // Others than relu are bound by their arithmetic: one kernel has them all.
-  const char* failure =
-      given.activation == Activation::kRelu
-          ? launch_backward_of<Traits, ActivationConstant<Activation::kRelu>>(given, stream)
-          : launch_backward_of<Traits, SmoothActivation>(given, stream);
+  const char* failure = launch_kernel(kernel, unit_blocks * given.splits, Traits::kThreads,
+                                      Traits::kSharedBytes, stream, given);
   const int64_t steps = (given.forward.tokens + Traits::kBlockM - 1) / Traits::kBlockM;
   if (failure == nullptr) {
     failure = launch_kernel(feed_forward_finish_tokens_kernel<Traits>, steps, Traits::kThreads, 0,
@@ -38,6 +29,15 @@ const char* launch_feed_forward_backward(const FeedForwardGradientParams& given,
                             stream, given);
   }
   return failure;
+}
+
+// Others than relu are bound by their arithmetic: one kernel has them all.
+template <typename Traits>
+const char* feed_forward_backward_of(const FeedForwardGradientParams& given, Stream stream) {
+  using Relu = ActivationConstant<Activation::kRelu>;
+  return given.activation == Activation::kRelu
+             ? launch_feed_forward_backward<Traits, Relu>(given, stream)
+             : launch_feed_forward_backward<Traits, SmoothActivation>(given, stream);
 }
 
 // Calls `launch` with the traits of the current device, as a value of their type.
@@ -71,8 +71,7 @@ template <typename Element>
 const char* feed_forward_backward(const FeedForwardGradientParams& given, int width,
                                   Stream stream) {
   return with_backward_traits_of<Element>(
-      width,
-      [&](auto traits) { return launch_feed_forward_backward<decltype(traits)>(given, stream); },
+      width, [&](auto traits) { return feed_forward_backward_of<decltype(traits)>(given, stream); },
       "no backward kernel of this width");
 }
 

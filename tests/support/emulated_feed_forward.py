@@ -177,3 +177,14 @@ def check_backward(backward: Backward, case: Case, splits: int = 1) -> None:
         assert_close_to_reference(got, wanted, low[name], factor=3.0, name=f"d{name}")
     assert backward.counters["ldmatrix_conflicts"] == 0, "bank conflicts"
     assert backward.counters["shared_conflicts"] == 0, "bank conflicts of plain accesses"
+
+
+def check_infinite_token(backward: Backward, width: int) -> None:
+    """An infinite token must not meet units past the last, which have weights of 0."""
+    case = Case(9, width, 72, torch.bfloat16)
+    x, w1, b1, w2, _ = case.inputs()
+    x[2, 0], w1[:, 0] = -torch.inf, w1[:, 0].abs() + 0.1
+    gradients = backward(case.dy(), x, w1, b1, w2, activation="relu")
+    assert not gradients["dx"][2].any(), "dx of the infinite token"
+    assert gradients["dx"].isfinite().all(), "dx"
+    assert gradients["dw2"].isfinite().all(), "dw2"

@@ -40,6 +40,23 @@ MODES = {
 }
 _FLAGS = ["-std=c++17", "-march=native", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror"]
 
+#: What a translation unit without the feed-forward backward kernels ends with.
+WITHOUT_BACKWARD = """
+#include "feed_forward/backward_entry.h"
+namespace fuseformer {
+template <typename Element>
+const char* feed_forward_backward(const FeedForwardGradientParams&, int, Stream) {
+  return "not built";
+}
+template <typename Element>
+FeedForwardBackwardSizes feed_forward_backward_sizes(int) { return {0, 0}; }
+template const char* feed_forward_backward<Half>(const FeedForwardGradientParams&, int, Stream);
+template const char* feed_forward_backward<Bfloat16>(const FeedForwardGradientParams&, int, Stream);
+template FeedForwardBackwardSizes feed_forward_backward_sizes<Half>(int);
+template FeedForwardBackwardSizes feed_forward_backward_sizes<Bfloat16>(int);
+}  // namespace fuseformer
+"""
+
 
 def _run(command: Sequence[str | Path]) -> None:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
