@@ -4,7 +4,7 @@ import pytest
 import torch
 from block_checks import FeedForwardCase, check_feed_forward, check_feed_forward_dropout
 from emulated import Kernels
-from emulated_feed_forward import Backward, Case, check_backward, check_infinite_token
+from emulated_feed_forward import Backward, Case, check_backward, check_infinite_gradient
 from emulator_build import build_feed_forward
 from matrix import case_name, cases
 
@@ -102,9 +102,9 @@ def test_a_split_may_have_no_tokens(shadow):
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
-def test_an_infinite_token_meets_no_unit_that_does_not_exist(width, plain):
+def test_an_infinite_gradient_meets_no_unit_that_does_not_exist(width, plain):
     set_options(plain)
-    check_infinite_token(plain, width)
+    check_infinite_gradient(plain, width)
 
 
 def test_not_a_number_stays_where_it_is(plain):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from emulated import EmulatorError
-from emulated_feed_forward import Backward, Case, check_backward, check_infinite_token
+from emulated_feed_forward import Backward, Case, check_backward, check_infinite_gradient
 from emulator_build import build_feed_forward, build_planted
 
 BF16 = torch.bfloat16
@@ -93,7 +93,7 @@ BUGS = {
         "stage = Traits::kTokenBytes - stage;",
         "(void)stage;",
         PLAIN,
-        RACE,
+        WRONG,
     ),
     "a step before the first is copied": (
         KERNEL,
@@ -133,14 +133,14 @@ BUGS = {
     "b1 past the last unit is read": (
         KERNEL,
         "params.b1 != nullptr && unit < units;",
-        "params.b1 != nullptr;",
+        "params.b1 != nullptr && unit <= units;",
         PLAIN,
         BOUNDS,
     ),
     "sums of units past the last are written": (
         WARP,
         "if (unit >= units) continue;",
-        "",
+        "if (unit > units) continue;",
         PLAIN,
         RACE,
     ),
@@ -190,8 +190,8 @@ BUGS = {
         WARP,
         "row + 16 * (tile ^ Warp::first_tile(place))",
         "row + 16 * (tile + 0 * Warp::first_tile(place))",
-        PLAIN,
-        WRONG,
+        WHOLE,
+        RACE,
     ),
     "operands of two products are exchanged": (
         WARP,
@@ -305,7 +305,7 @@ def test_a_planted_bug_is_caught(name, tmp_path):
 def test_units_that_do_not_exist_are_found_in_what_is_not_finite(tmp_path):
     kernels = planted(tmp_path, KERNEL, "if (8 * i < warp_units) {", "if (true) {")
     with pytest.raises(AssertionError, match="dx"):
-        check_infinite_token(kernels, 128)
+        check_infinite_gradient(kernels, 128)
 
 
 def test_the_copy_without_a_bug_passes(tmp_path):
@@ -313,4 +313,4 @@ def test_the_copy_without_a_bug_passes(tmp_path):
     kernels = planted(tmp_path)
     for case in (PLAIN, WHOLE, DROPOUT, WIDE):
         check_backward(kernels, *case)
-    check_infinite_token(kernels, 128)
+    check_infinite_gradient(kernels, 128)

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
         shared, static_cast<const char*>(params.w1) + int64_t{2} * block_unit * kWidth, units);
     w2_copy.begin_narrow(shared + Traits::kWeightBytes,
                          static_cast<const char*>(params.w2.data) + 2 * block_unit, units);
-    // Units that do not exist are never written, nor are they NaN where a token is infinite.
+    // Units that do not exist are never written: they are 0 where dy is infinite, too.
     if (units < kBlockH) {
       for (int chunk = thread; chunk < 2 * Traits::kHiddenBytes / 16; chunk += kThreads) {
         copy_async_16_or_zero(shared + Traits::kHiddenOffset + 16 * chunk, params.w1, false);
@@ -71,8 +71,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
   for (int unit = thread; unit < kBlockH; unit += kThreads) {
     const bool exists = params.b1 != nullptr && unit < units;
-    biases[unit] =
-        exists ? to_float(static_cast<const Element*>(params.b1)[block_unit + unit]) : 0.0f;
+    const uint32_t pair =
+        exists ? static_cast<const uint32_t*>(params.b1)[(block_unit + unit) / 2] : 0;
+    biases[unit] = unpack<Element>(pair, unit % 2);
   }
   for (int i = thread; i < Traits::kBiasSums; i += kThreads) biases[kBlockH + i] = 0.0f;
   int stage = 0;
