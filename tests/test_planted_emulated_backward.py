@@ -172,17 +172,17 @@ BUGS = {
         PLAIN,
         UNINITIALISED,
     ),
-    "every lane keeps the sums of the bias": (
+    "every lane adds to the sums of the bias": (
         WARP,
-        "const bool keeps_sums = threadIdx.x % 4 == 0;",
-        "const bool keeps_sums = true;",
+        "if (threadIdx.x % 4 == 0) {",
+        "if (true) {",
         PLAIN,
         RACE,
     ),
     "the sums of the bias lack a step": (
         WARP,
-        "dbias[tile][j] = keeps_sums ? *bias_sum(tile, j / 2) : 0.0f;",
-        "dbias[tile][j] = 0.0f;",
+        "*bias_sum(tile, 0) += dbias[tile][0];",
+        "*bias_sum(tile, 0) = dbias[tile][0];",
         PLAIN,
         WRONG,
     ),

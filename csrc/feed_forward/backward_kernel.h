@@ -202,12 +202,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
     FUSEFORMER_UNROLL
     for (int part = 1; part < Traits::kDxParts; ++part) {
-      warp.multiply_dhidden(dx[part], part, [&](int k, const auto&) {
-        if (part > 1) add_dx(dx[part - 1], step, part - 1, k, kBlockH / 16);
-      });
-    }
-    if constexpr (Traits::kDxParts > 1) {
-      add_dx(dx[Traits::kDxParts - 1], step, Traits::kDxParts - 1, 0, 1);
+      warp.multiply_dhidden(dx[part], part, nothing);
+      add_dx(dx[part], step, part, 0, 1);
     }
     publish();
   }

@@ -173,14 +173,8 @@ struct FeedForwardBackwardWarp {
   template <typename Between>
   FUSEFORMER_DEVICE void add_to_weights(int stage, const Between& between) {
     // Products with ones sum over the tokens of a step. All columns are the same: the lane of the
-    // first ones keeps two numbers in shared memory.
-    const bool keeps_sums = threadIdx.x % 4 == 0;
-    float dbias[kBiasTiles][4];
-    FUSEFORMER_UNROLL
-    for (int tile = 0; tile < kBiasTiles; ++tile) {
-      FUSEFORMER_UNROLL
-      for (int j = 0; j < 4; ++j) dbias[tile][j] = keeps_sums ? *bias_sum(tile, j / 2) : 0.0f;
-    }
+    // first ones adds two numbers to the sums in shared memory.
+    float dbias[kBiasTiles][4] = {};
     multiply<Traits::kBlockM / 16>(
         dweight,
         [&](uint32_t (&a)[4], int tile, int step) {
@@ -197,11 +191,11 @@ struct FeedForwardBackwardWarp {
           }
           between(step);
         });
-    if (keeps_sums) {
+    if (threadIdx.x % 4 == 0) {
       FUSEFORMER_UNROLL
       for (int tile = 0; tile < kBiasTiles; ++tile) {
-        *bias_sum(tile, 0) = dbias[tile][0];
-        *bias_sum(tile, 1) = dbias[tile][2];
+        *bias_sum(tile, 0) += dbias[tile][0];
+        *bias_sum(tile, 1) += dbias[tile][2];
       }
     }
   }
