@@ -26,13 +26,15 @@ from .loops import product_loops
 SOURCES = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 #: Head dims of each pass, and of the backward with other tiles where there is less shared memory;
-#: widths of the feed-forward block, rows of the tiles of products that end in the activation, and
+#: widths of the feed-forward block, both ways, rows of the tiles of products that end in the activation, and
 #: first products of a block of few rows, 2 of a gated one.
 PASSES = {
     ("forward", False): (32, 64, 96, 128, 256),
     ("backward", False): (32, 64, 96, 128),
     ("backward", True): (96, 128),
     ("feed-forward", False): (64, 128, 256),
+    ("feed-forward backward", False): (64, 128, 256),
+    ("feed-forward backward", True): (128, 256),
     ("linear", False): (128,),
     ("gated", False): (128,),
     ("gated gradient", False): (0,),
@@ -92,6 +94,15 @@ class Kernel:
                 "feed_forward/forward_kernel.h",
                 f"feed_forward_forward_kernel<{config}, Activation::kRelu, {self._flag}>",
                 "FeedForwardParams",
+            )
+        if self.which == "feed-forward backward":
+            name = f"{'Small' * self.small}FeedForwardBackwardConfig"
+            config = f"{name}<{ELEMENTS[self.dtype]}, {self.head_dim}>"
+            kind = "ActivationConstant<Activation::kRelu>"
+            return self._source(
+                "feed_forward/backward_kernel.h",
+                f"feed_forward_backward_kernel<{config}, {kind}, {self._flag}>",
+                "FeedForwardGradientParams",
             )
         if self.which in ("linear", "gated"):
             traits = f"LinearTraits<{ELEMENTS[self.dtype]}, {1 + (self.which == 'gated')}>"
@@ -223,7 +234,7 @@ def main(arguments: list[str]) -> int:
             results[key] = result
             progress.update(task, advance=1)
     heads = (("regs", 5), ("spilled", 8), ("full", 8), ("edge", 8), ("ratio", 7), ("asked", 7))
-    print(" " * 34 + "".join(f"{name:>{width}}" for name, width in (*heads, ("flash 2", 9))))
+    print(" " * 46 + "".join(f"{name:>{width}}" for name, width in (*heads, ("flash 2", 9))))
     for (kernel, architecture), r in results.items():
         ratio = r.edge_score / r.score if r.score and r.edge_score else None
         goal = GOALS.get((kernel.which, kernel.head_dim))
@@ -233,7 +244,7 @@ def main(arguments: list[str]) -> int:
         shown = [(r.score, 8, 3), (r.edge_score, 8, 3), (ratio, 7, 2), (goal, 7, 2), (flash, 9, 3)]
         figures = "".join(f"{'' if f is None else f'{f:.{d}f}':>{w}}" for f, w, d in shown)
         name = f"{kernel} sm_{architecture}"
-        print(f"{name:34}{r.registers:5}{r.spilled:8}{figures}")
+        print(f"{name:46}{r.registers:5}{r.spilled:8}{figures}")
     if asked.output:
         rows = [asdict(k) | {"sm": a} | asdict(r) for (k, a), r in results.items()]
         asked.output.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,5 +1,5 @@
-// The ops of `fuseformer._C` for GPUs, in PyTorch's stable ABI: one library for every torch from 2.10
-// on.
+// The ops of `fuseformer._C` for GPUs, in PyTorch's stable ABI: one library for every torch
+// from 2.10 on.
 //
 // They fill tensors that Python has allocated: no memory but the caching allocator's is used, and
 // nothing waits for the GPU, so that calls can be captured in a CUDA graph.
@@ -13,6 +13,7 @@
 
 #include "attention/attention.h"
 #include "attention/decode.h"
+#include "feed_forward/backward.h"
 #include "feed_forward/feed_forward.h"
 #include "feed_forward/few_rows.h"
 #include "feed_forward/gated.h"
@@ -206,6 +207,35 @@ void feed_forward_forward(const Tensor& x, const Tensor& w1, const std::optional
   run_feed_forward_forward(a, current_stream(a.x.device));
 }
 
+void feed_forward_backward(const Tensor& dy, const Tensor& x, const Tensor& w1,
+                           const std::optional<Tensor>& b1, const Tensor& w2, const Tensor& dx,
+                           const Tensor& dw1, const std::optional<Tensor>& db1, const Tensor& dw2,
+                           const Tensor& dx_sums, const Tensor& turns, const Tensor& weight_sums,
+                           const Tensor& bias_sums, const std::optional<Tensor>& seed,
+                           const std::string& activation, int64_t dropout_threshold,
+                           double dropout_scale) {
+  fuseformer::FeedForwardGradientArguments a;
+  a.dy = view("dy", dy);
+  a.x = view("x", x);
+  a.w1 = view("w1", w1);
+  a.b1 = view("b1", b1);
+  a.w2 = view("w2", w2);
+  a.dx = view("dx", dx);
+  a.dw1 = view("dw1", dw1);
+  a.db1 = view("db1", db1);
+  a.dw2 = view("dw2", dw2);
+  a.dx_sums = view("dx_sums", dx_sums);
+  a.turns = view("turns", turns);
+  a.weight_sums = view("weight_sums", weight_sums);
+  a.bias_sums = view("bias_sums", bias_sums);
+  a.seed = view("seed", seed);
+  a.activation = activation;
+  a.dropout_threshold = dropout_threshold;
+  a.dropout_scale = dropout_scale;
+  const torch::stable::accelerator::DeviceGuard guard(a.x.device);
+  run_feed_forward_backward(a, current_stream(a.x.device));
+}
+
 void linear_activation(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
                        const Tensor& act, const std::optional<Tensor>& pre,
                        const std::optional<Tensor>& seed, const std::string& activation,
@@ -315,6 +345,20 @@ int64_t attention_step_rows(const Tensor& q) {
   return fuseformer::attention_step_rows(seen.sizes.empty() ? 0 : seen.sizes.back(), seen.dtype);
 }
 
+int64_t feed_forward_step_tokens(const Tensor& x) {
+  const TensorView seen = view("x", x);
+  const torch::stable::accelerator::DeviceGuard guard(seen.device);
+  return fuseformer::feed_forward_step_tokens(seen.sizes.empty() ? 0 : seen.sizes.back(),
+                                              seen.dtype);
+}
+
+int64_t feed_forward_block_units(const Tensor& x) {
+  const TensorView seen = view("x", x);
+  const torch::stable::accelerator::DeviceGuard guard(seen.device);
+  return fuseformer::feed_forward_block_units(seen.sizes.empty() ? 0 : seen.sizes.back(),
+                                              seen.dtype);
+}
+
 // The newest CUDA that the driver knows, 13000 for 13.0; 0 without a driver.
 int64_t driver_version() {
   int version = 0;
@@ -335,6 +379,13 @@ STABLE_TORCH_LIBRARY(fuseformer_cuda, m) {
   m.def(
       "feed_forward_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor(a!) y, "
       "Tensor? seed, str activation, int dropout_threshold, float dropout_scale) -> ()");
+  m.def(
+      "feed_forward_backward(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, "
+      "Tensor(a!) dx, Tensor(b!) dw1, Tensor(c!)? db1, Tensor(d!) dw2, Tensor(e!) dx_sums, "
+      "Tensor(f!) turns, Tensor(g!) weight_sums, Tensor(h!) bias_sums, Tensor? seed, "
+      "str activation, int dropout_threshold, float dropout_scale) -> ()");
+  m.def("feed_forward_step_tokens(Tensor x) -> int");
+  m.def("feed_forward_block_units(Tensor x) -> int");
   m.def(
       "linear_activation(Tensor x, Tensor w, Tensor? bias, Tensor(a!) act, Tensor(b!)? pre, "
       "Tensor? seed, str activation, int dropout_threshold, float dropout_scale) -> ()");
@@ -365,6 +416,9 @@ STABLE_TORCH_LIBRARY_IMPL(fuseformer_cuda, CUDA, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
   m.impl("feed_forward_forward", TORCH_BOX(&feed_forward_forward));
+  m.impl("feed_forward_backward", TORCH_BOX(&feed_forward_backward));
+  m.impl("feed_forward_step_tokens", TORCH_BOX(&feed_forward_step_tokens));
+  m.impl("feed_forward_block_units", TORCH_BOX(&feed_forward_block_units));
   m.impl("linear_activation", TORCH_BOX(&linear_activation));
   m.impl("activation_gradient", TORCH_BOX(&activation_gradient));
   m.impl("gated_activation", TORCH_BOX(&gated_activation));

@@ -1,4 +1,5 @@
 // The emulator with the feed-forward kernels for Python: the calls that ship, from tensors on.
+#include "../feed_forward/backward.h"
 #include "../feed_forward/feed_forward.h"
 #include "../feed_forward/few_rows.h"
 #include "../feed_forward/gated.h"
@@ -24,6 +25,35 @@ PYBIND11_MODULE(_emulator, m) {
     a.dropout_threshold = args[8].cast<int64_t>();
     a.dropout_scale = args[9].cast<double>();
     run_feed_forward_forward(a, nullptr);
+  });
+  m.def("feed_forward_backward", [](const py::args& args) {
+    FeedForwardGradientArguments a;
+    a.dy = view("dy", args[0]);
+    a.x = view("x", args[1]);
+    a.w1 = view("w1", args[2]);
+    a.b1 = view("b1", args[3]);
+    a.w2 = view("w2", args[4]);
+    a.dx = view("dx", args[5]);
+    a.dw1 = view("dw1", args[6]);
+    a.db1 = view("db1", args[7]);
+    a.dw2 = view("dw2", args[8]);
+    a.dx_sums = view("dx_sums", args[9]);
+    a.turns = view("turns", args[10]);
+    a.weight_sums = view("weight_sums", args[11]);
+    a.bias_sums = view("bias_sums", args[12]);
+    a.seed = view("seed", args[13]);
+    a.activation = args[14].cast<std::string>();
+    a.dropout_threshold = args[15].cast<int64_t>();
+    a.dropout_scale = args[16].cast<double>();
+    run_feed_forward_backward(a, nullptr);
+  });
+  m.def("feed_forward_step_tokens", [](const py::object& x) {
+    const TensorView seen = view("x", x);
+    return feed_forward_step_tokens(seen.sizes.back(), seen.dtype);
+  });
+  m.def("feed_forward_block_units", [](const py::object& x) {
+    const TensorView seen = view("x", x);
+    return feed_forward_block_units(seen.sizes.back(), seen.dtype);
   });
   m.def("linear_activation", [](const py::args& args) {
     LinearArguments a;

@@ -2,6 +2,8 @@
 // 16 bits that follows. NaN stays NaN.
 #pragma once
 
+#include <type_traits>
+
 #include "../device/math.h"
 #include "params.h"
 
@@ -31,6 +33,23 @@ FUSEFORMER_DEVICE void with_activation(Activation activation, const Function& fu
       break;
     default:
       function(ActivationConstant<Activation::kSilu>());
+  }
+}
+
+// Every activation but relu: a kernel that is bound by their arithmetic has them all.
+struct SmoothActivation {};
+
+// The same for an activation that is among those of `Kind`: one as a constant, or the smooth ones.
+template <typename Kind, typename Function>
+FUSEFORMER_DEVICE void with_activation_of(Activation activation, const Function& function) {
+  if constexpr (!std::is_same_v<Kind, SmoothActivation>) {
+    function(Kind());
+  } else if (activation == Activation::kGelu) {
+    function(ActivationConstant<Activation::kGelu>());
+  } else if (activation == Activation::kGeluTanh) {
+    function(ActivationConstant<Activation::kGeluTanh>());
+  } else {
+    function(ActivationConstant<Activation::kSilu>());
   }
 }
 

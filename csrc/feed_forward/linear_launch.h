@@ -27,10 +27,10 @@ template <typename Element>
 const char* activation_gradient(const ActivationGradientParams& params, Stream stream) {
   const int64_t row_blocks = (params.tokens + kGradientRows - 1) / kGradientRows;
   const int64_t unit_blocks = (params.hidden + kGradientUnits - 1) / kGradientUnits;
-  constexpr int kShared = kGradientThreads / (kGradientUnits / 8) * kGradientUnits * 4;
   const auto kernel = params.seed != nullptr ? activation_gradient_kernel<Element, true>
                                              : activation_gradient_kernel<Element, false>;
-  return launch_kernel(kernel, row_blocks * unit_blocks, kGradientThreads, kShared, stream, params);
+  return launch_kernel(kernel, row_blocks * unit_blocks, kGradientThreads, kGradientSharedBytes,
+                       stream, params);
 }
 
 }  // namespace fuseformer

@@ -57,10 +57,7 @@ class Ops:
         self.counters: dict[str, int] = {}
 
     def attention_step_rows(self, q: Tensor) -> int:
-        rows: int = self.emulator.attention_step_rows(
-            (0, list(q.shape), list(q.stride()), str(q.dtype).removeprefix("torch."))
-        )
-        return rows
+        return self._count(self.emulator.attention_step_rows, q)
 
     def attention_forward(self, *arguments: Any) -> None:
         self._call(self.emulator.attention_forward, arguments, written=(3, 4))
@@ -73,6 +70,16 @@ class Ops:
 
     def feed_forward_forward(self, *arguments: Any) -> None:
         self._call(self.emulator.feed_forward_forward, arguments, written=(5,))
+
+    def feed_forward_backward(self, *arguments: Any) -> None:
+        written = (5, 6, 8) if arguments[7] is None else (5, 6, 7, 8)
+        self._call(self.emulator.feed_forward_backward, arguments, written)
+
+    def feed_forward_step_tokens(self, x: Tensor) -> int:
+        return self._count(self.emulator.feed_forward_step_tokens, x)
+
+    def feed_forward_block_units(self, x: Tensor) -> int:
+        return self._count(self.emulator.feed_forward_block_units, x)
 
     def linear_activation(self, *arguments: Any) -> None:
         written = (3,) if arguments[4] is None else (3, 4)
@@ -95,6 +102,14 @@ class Ops:
 
     def few_rows_output(self, *arguments: Any) -> None:
         self._call(self.emulator.few_rows_output, arguments, written=(4,))
+
+    @staticmethod
+    def _count(function: Any, x: Tensor) -> int:
+        """Return what `function` says of a tensor without looking at its contents."""
+        count: int = function(
+            (0, list(x.shape), list(x.stride()), str(x.dtype).removeprefix("torch."))
+        )
+        return count
 
     def _call(self, function: Any, arguments: tuple[Any, ...], written: tuple[int, ...]) -> None:
         """Call `function`, and copy back the tensors at the places `written`."""

@@ -31,10 +31,11 @@ RUNTIME = (
     "primitives",
     "tensor_cores",
 )
-FEED_FORWARD = ("feed_forward", "few_rows", "gated", "linear")
+FEED_FORWARD = ("backward", "feed_forward", "few_rows", "gated", "linear")
 #: What the translation units of feed-forward offer for each dtype: the arguments of each function.
 FEED_FORWARD_ENTRIES = {
     "feed_forward_forward": "const FeedForwardParams&, int, Activation, Stream",
+    "feed_forward_backward": "const FeedForwardGradientParams&, int, Stream",
     "linear_activation": "const LinearParams&, Stream",
     "activation_gradient": "const ActivationGradientParams&, Stream",
     "gated_activation": "const LinearParams&, Stream",
@@ -159,7 +160,8 @@ def feed_forward_unit(*built: str, text: str = "") -> str:
 
     `text` may define others, all that are left say that they were not built.
     """
-    lines = [f'#include "feed_forward/{name}launch.h"' for name in ("few_rows_", "gated_", "")]
+    parts = ("backward_", "few_rows_", "gated_", "linear_", "")
+    lines = [f'#include "feed_forward/{part}launch.h"' for part in parts]
     lines += ["namespace fuseformer {", text]
     for name, arguments in FEED_FORWARD_ENTRIES.items():
         for element in ("Bfloat16", "Half"):
@@ -168,6 +170,10 @@ def feed_forward_unit(*built: str, text: str = "") -> str:
                 lines.append(f"template {function};")
             elif f"{name}<{element}>" not in text:
                 lines.append(f'template <> {function} {{ return "not built"; }}')
+    lines += [
+        f"template FeedForwardBackwardSizes feed_forward_backward_sizes<{element}>(int);"
+        for element in ("Bfloat16", "Half")
+    ]
     return "\n".join([*lines, "}", ""])
 
 

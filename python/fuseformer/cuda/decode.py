@@ -17,7 +17,7 @@ _ROWS, _STEP, _LEAST_STEPS = 16, 64, 4
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """Return how many there are; the emulator is taken for a GPU."""
     if device.type != "cuda":
         return 64
@@ -26,7 +26,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _splits(blocks: int, keys: int, device: torch.device) -> int:
     """Return over how many blocks to split `keys`: two for each multiprocessor, if they suffice."""
-    wanted = -(-2 * _multiprocessors(device) // max(blocks, 1))
+    wanted = -(-2 * multiprocessors(device) // max(blocks, 1))
     return max(1, min(wanted, keys // (_STEP * _LEAST_STEPS)))
 
 

@@ -1,9 +1,9 @@
 """Feed-forward by the CUDA C++ kernels, with the signatures of `fuseformer.kernels.feed_forward`.
 
-Blocks of `RESIDENT_WIDTHS` run in one kernel, whose hidden activations never reach memory. In
-others the first product ends in bias, activation and dropout, and the second is the vendor's. A few
-tokens go forward by `few_rows`. The products of the backward pass are the vendor's, and one kernel
-computes the gradient before the activation, the activation anew and the sums of the bias gradient.
+Blocks of `RESIDENT_WIDTHS` run in one kernel each way, whose hidden activations never reach memory.
+In others the first product ends in bias, activation and dropout, and the second is the vendor's. So
+are those of the backward pass, where one kernel computes the gradient before the activation, the
+activation anew and the sums of the bias gradient. A few tokens go forward by `few_rows`.
 """
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..philox import dropout_scale, dropout_threshold
 from . import few_rows, library
 from .attention import aligned
+from .decode import multiprocessors
 
 #: Widths, of input and output, with a kernel for both products.
 RESIDENT_WIDTHS = (64, 128, 256)
@@ -20,6 +21,8 @@ RESIDENT_WIDTHS = (64, 128, 256)
 MULTIPLE = 8
 # Of `kGradientRows`, which the compiled op checks.
 _ROWS_OF_SUMS = 256
+# Splits of fewer steps cost more to join than they save.
+_LEAST_STEPS = 4
 
 
 def saves_pre(width: int, out_width: int, dtype: torch.dtype) -> bool:
@@ -89,8 +92,11 @@ def feed_forward_backward(
     has_b2: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Return the gradients of x, w1, b1, w2 and b2, that of an absent bias as None."""
+    if not saves_pre(x.shape[1], w2.shape[0], x.dtype):
+        dx, dw1, db1, dw2 = _resident_backward(dy, x, w1, b1, w2, seed, activation, dropout_p)
+        return dx, dw1, db1, dw2, dy.sum(0) if has_b2 else None
     gradient = dy @ w2  # (T, hidden), that of the activation and then of what is before it
-    act = pre.clone() if pre.numel() else F.linear(x, w1, b1)  # forward may have saved nothing
+    act = pre.clone()
     sums = None
     if b1 is not None:
         blocks = -(-x.shape[0] // _ROWS_OF_SUMS)
@@ -100,3 +106,42 @@ def feed_forward_backward(
     db1 = None if sums is None else sums.sum(0).to(x.dtype)
     dw1, dw2 = gradient.T @ x, dy.T @ act
     return gradient @ w1, dw1, db1, dw2, dy.sum(0) if has_b2 else None
+
+
+def _resident_backward(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the gradients of x, w1, b1 and w2 from one kernel, which keeps sums in float32."""
+    ops = library.ops()
+    (tokens, width), hidden = x.shape, w1.shape[0]
+    step_tokens, block_units = ops.feed_forward_step_tokens(x), ops.feed_forward_block_units(x)
+    steps, blocks = -(-tokens // step_tokens), -(-hidden // block_units)
+    # As many blocks as there are multiprocessors, if tokens suffice.
+    splits = max(1, min(multiprocessors(x.device) // max(blocks, 1), steps // _LEAST_STEPS))
+    dx, dw1, dw2 = x.new_empty(x.shape), w1.new_empty(w1.shape), w2.new_empty(w2.shape)
+    db1 = None if b1 is None else b1.new_empty(b1.shape)
+    dropout = dropout_arguments(seed, activation, dropout_p)
+    ops.feed_forward_backward(
+        aligned(dy),
+        aligned(x),
+        aligned(w1).contiguous(),
+        None if b1 is None else aligned(b1),
+        aligned(w2),
+        dx,
+        dw1,
+        db1,
+        dw2,
+        x.new_zeros((steps, step_tokens, width), dtype=torch.float32),
+        x.new_zeros(steps, dtype=torch.int32),
+        x.new_empty((splits, 2, hidden, width), dtype=torch.float32),
+        x.new_empty((splits, hidden), dtype=torch.float32),
+        *dropout,
+    )
+    return dx, dw1, db1, dw2

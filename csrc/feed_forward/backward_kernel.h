@@ -1,0 +1,216 @@
+// Feed-forward, backward, resident regime: all gradients in one pass, and nothing of the size of
+// the hidden layer in memory.
+//
+// With h = x w1^T + b1, a = act(h) and da = dy w2, both where dropout keeps the unit and 0
+// elsewhere, and dh = da act'(h): dw2 = dy^T a, dw1 = dh^T x, db1 = colsum(dh), dx = dh w1, all of
+// them times dropout's factor. A block owns hidden units and a range of tokens: its weight
+// gradients stay in registers, and blocks of the same tokens add to dx one after the other, in the
+// order of their units: the sum is the same in every run.
+#pragma once
+
+#include "../device/atomic.h"
+#include "activation.h"
+#include "backward_warp.h"
+#include "dropout.h"
+
+namespace fuseformer {
+
+// Grid: (unit blocks * splits of the tokens,), unit blocks fastest. Shared memory: see the traits.
+template <typename Traits, typename Kind, bool kDropout>
+__global__ void __launch_bounds__(Traits::kThreads)
+    feed_forward_backward_kernel(const FeedForwardGradientParams given) {
+  using Element = typename Traits::Element;
+  using Warp = FeedForwardBackwardWarp<Traits>;
+  constexpr int kBlockM = Traits::kBlockM, kBlockH = Traits::kBlockH, kWidth = Traits::kWidth;
+  constexpr int kThreads = Traits::kThreads;
+
+  const FeedForwardParams& params = given.forward;
+  const auto [block_unit, split] = unit_block<Traits>(given, blockIdx.x);
+  const int units = params.hidden - block_unit;
+  const int steps = (params.tokens + kBlockM - 1) / kBlockM;
+  const int split_steps = (steps + given.splits - 1) / given.splits;
+  const int first = split * split_steps, end = minimum(steps, first + split_steps);
+
+  const int thread = threadIdx.x, lane = thread % 32, index = thread / 32;
+  const int warp_unit = index % Traits::kUnitWarps * Warp::kUnitTiles * 8;
+  const int lane_unit = warp_unit + lane % 4 * 2;
+  const int warp_units = units - warp_unit;  // that exist
+  const auto warp_first_unit = [&] { return params.hidden - warp_units; };
+  const SharedAddress shared = shared_address(dynamic_shared());
+  const SharedAddress token_tile = shared + Traits::kTokenOffset;
+  const SharedAddress dy_tile = shared + Traits::kDyOffset;
+  float* const biases = reinterpret_cast<float*>(dynamic_shared() + Traits::kBiasOffset);
+  Warp warp(shared, index, lane);
+
+  using TokenCopy = TileCopy<kWidth, kBlockM, kThreads>;
+  const auto rows_of = [](const RowTensor& tensor, int step) {
+    return static_cast<const char*>(tensor.data) + int64_t{2} * kBlockM * step * tensor.row_stride;
+  };
+  {
+    const TileCopy<kWidth, kBlockH, kThreads> w1_copy(thread, kWidth);
+    const TileCopy<kBlockH, kWidth, kThreads> w2_copy(thread, params.w2.row_stride);
+    w1_copy.begin_bounded(
+        shared, static_cast<const char*>(params.w1) + int64_t{2} * block_unit * kWidth, units);
+    w2_copy.begin_narrow(shared + Traits::kWeightBytes,
+                         static_cast<const char*>(params.w2.data) + 2 * block_unit, units);
+    // Units that do not exist are never written: they are 0 where dy is infinite, too.
+    if (units < kBlockH) {
+      for (int chunk = thread; chunk < 2 * Traits::kHiddenBytes / 16; chunk += kThreads) {
+        copy_async_16_or_zero(shared + Traits::kHiddenOffset + 16 * chunk, params.w1, false);
+      }
+    }
+    // Only the last step may reach past the last token: steps are taken from the end.
+    if (first < end) {
+      const int tokens = params.tokens - (end - 1) * kBlockM;
+      TokenCopy(thread, params.x.row_stride)
+          .begin_bounded(token_tile, rows_of(params.x, end - 1), tokens);
+      TokenCopy(thread, given.dy.row_stride)
+          .begin_bounded(dy_tile, rows_of(given.dy, end - 1), tokens);
+    }
+    copy_async_commit();
+  }
+  for (int unit = thread; unit < kBlockH; unit += kThreads) {
+    const bool exists = params.b1 != nullptr && unit < units;
+    const uint32_t pair =
+        exists ? static_cast<const uint32_t*>(params.b1)[(block_unit + unit) / 2] : 0;
+    biases[unit] = unpack<Element>(pair, unit % 2);
+  }
+  for (int i = thread; i < Traits::kBiasSums; i += kThreads) biases[kBlockH + i] = 0.0f;
+  int stage = 0;
+  const auto begin_next = [&](int step, int to) {
+    const bool more = step > first;
+    // What the copies of a thread are is computed in each step: there are no registers to keep it.
+    uint32_t again = threadIdx.x;
+    compute_again(again);
+    const TokenCopy x_copy(again, params.x.row_stride), dy_copy(again, given.dy.row_stride);
+    x_copy.begin_if(token_tile + to, rows_of(params.x, step - 1) + x_copy.start, more);
+    dy_copy.begin_if(dy_tile + to, rows_of(given.dy, step - 1) + dy_copy.start, more);
+    copy_async_commit();
+  };
+  // Adds to dx of a step what a part has summed: of `count` shares, the one at `share`.
+  using DxPart = float[Warp::kDxRowTiles][Warp::kDxPartTiles][4];
+  const auto add_dx = [&](const DxPart& dx, int step, int part, int share, int count) {
+    constexpr int kTiles = Warp::kDxRowTiles * Warp::kDxPartTiles;
+    static_assert(kTiles % (kBlockM / 16) == 0 &&
+                  (Traits::kDxParts <= 2 || kTiles % (kBlockH / 16) == 0));
+    float* const sums = given.dx_sums + int64_t{step} * (kBlockM * kWidth) + thread;
+    FUSEFORMER_UNROLL
+    for (int i = 0; i < kTiles / count; ++i) {
+      const int tile = (share * (kTiles / count) + i) / Warp::kDxPartTiles;
+      const int column = (share * (kTiles / count) + i) % Warp::kDxPartTiles;
+      const int place = 4 * Traits::dx_place(tile, part * Warp::kDxPartTiles + column);
+      FUSEFORMER_UNROLL
+      for (int j = 0; j < 4; ++j) atomic_add(sums + (place + j) * kThreads, dx[tile][column][j]);
+    }
+  };
+  // Keeps the lane's units of a tile for other warps. Such as do not exist stay 0.
+  const auto store = [&](const float (&values)[4], int tile, int i, int offset) {
+    FUSEFORMER_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      if (8 * i < warp_units) {
+        *reinterpret_cast<uint32_t*>(dynamic_shared() + (warp.stored ^ 16 * i) + offset +
+                                     (16 * tile + 8 * half) * Tile<kBlockH>::kRowBytes) =
+            pack<Element>(values[2 * half], values[2 * half + 1]);
+      }
+    }
+  };
+  for (int step = end - 1; step >= first; --step) {
+    // Everyone has left the last step, and this step's copies are in.
+    copy_async_wait<0>();
+    block_barrier();
+    if (thread == 0 && step + 1 < end) pass_turn(given.turns + step + 1);
+    if constexpr (Traits::kStages == 2) begin_next(step, Traits::kTokenBytes - stage);
+    warp.compute_addresses_again();
+
+    uint32_t kept = 0;
+    if constexpr (kDropout) {
+      // Neither the seed nor the lane's place is kept from step to step.
+      uint32_t again = threadIdx.x;
+      compute_again(again);
+      const int row = again / 32 / Traits::kUnitWarps * Warp::kRowTiles * 16 + again % 32 / 4;
+      kept = kept_units<Warp::kRowTiles, Warp::kUnitTiles>(
+          seed_of(params.seed), step * kBlockM + row, warp_first_unit() + again % 4 * 2,
+          params.dropout_threshold);
+    }
+    float hidden[Warp::kRowTiles][Warp::kUnitTiles][4];
+    FUSEFORMER_UNROLL
+    for (int i = 0; i < Warp::kUnitTiles; ++i) {
+      FUSEFORMER_UNROLL
+      for (int tile = 0; tile < Warp::kRowTiles; ++tile) {
+        FUSEFORMER_UNROLL
+        for (int j = 0; j < 4; ++j) hidden[tile][i][j] = biases[lane_unit + 8 * i + j % 2];
+      }
+    }
+    warp.multiply_tokens(hidden, stage);
+    const auto activate_tile = [&](auto kind, int place) {
+      const int tile = place / Warp::kUnitTiles, i = place % Warp::kUnitTiles;
+      float values[4];
+      FUSEFORMER_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        float& slope = hidden[tile][i][j];  // in the place of what it is the slope at
+        values[j] = activate_with_slope<decltype(kind)::value>(slope, slope);
+        if (kDropout && !(kept >> (4 * place + j) & 1)) values[j] = slope = 0.0f;
+      }
+      store(values, tile, i, 0);
+    };
+    // One activation is computed while products run, a choice of them before: it is made once.
+    constexpr int kTiles = Warp::kRowTiles * Warp::kUnitTiles;
+    constexpr bool kChooses = std::is_same_v<Kind, SmoothActivation>;
+    if constexpr (kChooses) {
+      with_activation_of<Kind>(given.activation, [&](auto kind) {
+        FUSEFORMER_UNROLL
+        for (int place = 0; place < kTiles; ++place) activate_tile(kind, place);
+      });
+    }
+    float dhidden[Traits::kDyParts][Warp::kDyPartTiles][Warp::kUnitTiles][4] = {};
+    const auto finish_tile = [&](int part, int place) {
+      const int tile = place / Warp::kUnitTiles, i = place % Warp::kUnitTiles;
+      float (&gradient)[4] = dhidden[part][tile][i];
+      const int row_tile = part * Warp::kDyPartTiles + tile;
+      FUSEFORMER_UNROLL
+      for (int j = 0; j < 4; ++j) gradient[j] *= hidden[row_tile][i][j];
+      store(gradient, row_tile, i, Traits::kHiddenBytes);
+    };
+    constexpr int kPartTiles = Warp::kDyPartTiles * Warp::kUnitTiles;
+    FUSEFORMER_UNROLL
+    for (int part = 0; part < Traits::kDyParts; ++part) {
+      warp.multiply_dy(dhidden[part], part, stage, [&](int width_step, const auto&) {
+        if constexpr (!kChooses) {
+          if (part == 0) {
+            warp.share(kTiles, width_step, [&](int place) { activate_tile(Kind(), place); });
+          }
+        }
+        if (part > 0) {
+          warp.share(kPartTiles, width_step, [&](int place) { finish_tile(part - 1, place); });
+        }
+      });
+    }
+    FUSEFORMER_UNROLL
+    for (int place = 0; place < kPartTiles; ++place) finish_tile(Traits::kDyParts - 1, place);
+    if (thread == 0) wait_for_turn(given.turns + step, warp_first_unit() / kBlockH);
+    block_barrier();
+    float dx[Traits::kDxParts][Warp::kDxRowTiles][Warp::kDxPartTiles][4] = {};
+    const auto nothing = [](int, const auto&) {};
+    // The sums of a part leave while the next products run.
+    warp.multiply_dhidden(dx[0], 0, nothing);
+    warp.add_to_weights(stage, [&](int k) { add_dx(dx[0], step, 0, k, kBlockM / 16); });
+    if constexpr (Traits::kStages == 2) {
+      stage = Traits::kTokenBytes - stage;
+    } else {
+      block_barrier();
+      begin_next(step, 0);
+    }
+    FUSEFORMER_UNROLL
+    for (int part = 1; part < Traits::kDxParts; ++part) {
+      warp.multiply_dhidden(dx[part], part, nothing);
+      add_dx(dx[part], step, part, 0, 1);
+    }
+    publish();
+  }
+  block_barrier();
+  if (thread == 0 && first < end) pass_turn(given.turns + first);
+
+  write_sums(given, warp);
+}
+
+}  // namespace fuseformer
