@@ -26,8 +26,8 @@ from .loops import product_loops
 SOURCES = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 #: Head dims of each pass, and of the backward with other tiles where there is less shared memory;
-#: widths of the feed-forward block, both ways, rows of the tiles of products that end in the activation, and
-#: first products of a block of few rows, 2 of a gated one.
+#: widths of the feed-forward block, both ways, rows of the tiles of products that end in the
+#: activation, and first products of a block of few rows, 2 of a gated one.
 PASSES = {
     ("forward", False): (32, 64, 96, 128, 256),
     ("backward", False): (32, 64, 96, 128),
