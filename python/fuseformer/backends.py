@@ -193,14 +193,15 @@ def _why_triton_first(request: Request) -> str | None:
 def _why_triton_feeds_first(request: Request) -> str | None:
     """Return the same for plain feed-forward blocks: by the scores of both, see the README."""
     width, out = _widths(request)
+    resident = width == out and width in cuda_feed_forward.RESIDENT_WIDTHS
+    if resident and request.trains:
+        return None
     if request.activation in (None, "relu"):
         return "its kernels score better with ReLU"
     if max(width, out) > _MAX_RESIDENT_WIDTH:
         return _why_the_vendor_first(width, _MAX_WIDTH)
-    if width != out or width not in cuda_feed_forward.RESIDENT_WIDTHS:
+    if not resident:
         return "it has one kernel for both products of every width up to 256"
-    if request.trains:
-        return "its backward pass computes the hidden activations anew in one kernel"
     if request.activation == "silu" and width == 128:
         return "its kernel scores better with SiLU at this width"
     return None
