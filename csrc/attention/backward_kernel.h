@@ -223,10 +223,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
   PhiloxKey seed{0, 0};
-  if constexpr (kDropout) {
-    const uint64_t value = static_cast<uint64_t>(*params.seed);
-    seed = {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
-  }
+  if constexpr (kDropout) seed = seed_of(params.seed);
   const float scale_log2 = params.scale * 1.44269504f;
   const Steps steps = query_steps<kBlockM, kBlockN>(params, sequence, block_key);
   const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> q_copy(thread, params.q.row_stride);

@@ -5,11 +5,6 @@
 
 namespace fuseformer {
 
-FUSEFORMER_DEVICE PhiloxKey seed_of(const int64_t* seed) {
-  const uint64_t value = static_cast<uint64_t>(*seed);
-  return {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
-}
-
 // Sets hidden units that dropout does not keep to 0. `row` and `unit` are the lane's first ones, a
 // multiple of sixteen and one of thirty-two beyond those of its part in a fragment.
 template <int kRowTiles, int kColumnTiles>
