@@ -8,7 +8,7 @@
 #include "../device/atomic.h"
 #include "../device/philox.h"
 #include "../device/tile.h"
-#include "mask.h"
+#include "key_block.h"
 #include "traits.h"
 #include "workspace.h"
 
@@ -27,7 +27,8 @@ struct WideBackwardWarp {
   static constexpr int kHeadGroups = Traits::kWarps / kKeySteps;
   static constexpr int kHeadTiles = Traits::kHeadDim / 8 / kHeadGroups;
   // Of dq, sixteen queries by every kColumnGroups-th sixteen of columns.
-  static constexpr int kColumnTiles = 2 * Traits::kColumnSteps;
+  static constexpr int kParts = 2;
+  static constexpr int kPartTiles = 2 * Traits::kColumnSteps / kParts;
   using Addresses = LaneAddresses<Traits::kHeadDim>;
   using ValueAddresses = LaneAddresses<Traits::kHeadDim - 16 * kKeptSteps>;
   using LogitAddresses = LaneAddresses<Traits::kBlockN>;
@@ -53,6 +54,15 @@ struct WideBackwardWarp {
     query_rows.compute_phases_again();
     key_rows.compute_phases_again();
     compute_again(stored_logits);
+  }
+
+  FUSEFORMER_DEVICE SharedAddress value_columns(int pair, int step) const {
+    if constexpr (kKeptSteps == 0) return k_columns.at(pair, step) + Traits::kBlockN * 2 * Traits::kHeadDim;
+    return v_columns.at(pair, step);
+  }
+  FUSEFORMER_DEVICE SharedAddress dq_keys(int step, int column) const {
+    if constexpr (kHeadGroups == Traits::kColumnGroups) return query_rows.at(step, column) - Traits::kQueryOffset;
+    return key_rows.at(step, column);
   }
 
   // products += q @ k.T for the warp's queries and keys of a step.
@@ -85,7 +95,7 @@ struct WideBackwardWarp {
           FUSEFORMER_UNROLL
           for (int i = 0; i < 4; ++i) b[i] = v[kept][pair][i];
         } else {
-          ldmatrix_x4(b, v_columns.at(pair, step));
+          ldmatrix_x4(b, value_columns(pair, step));
         }
         mma_16x8x16<Element>(products[2 * pair], a, b[0], b[1]);
         mma_16x8x16<Element>(products[2 * pair + 1], a, b[2], b[3]);
@@ -110,16 +120,17 @@ struct WideBackwardWarp {
     }
   }
 
-  // dq += dS @ k over all keys of the block, for the warp's queries and columns.
-  FUSEFORMER_DEVICE void multiply_logits(float (&dq)[kColumnTiles][4]) {
+  // dq += dS @ k over all keys of the block, for the warp's queries and some of its columns.
+  FUSEFORMER_DEVICE void multiply_logits(float (&dq)[kPartTiles][4], int part) {
     FUSEFORMER_UNROLL
     for (int step = 0; step < kKeySteps; ++step) {
       uint32_t a[4];
       ldmatrix_x4(a, logit_rows.at(0, step));
       FUSEFORMER_UNROLL
-      for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
+      for (int pair = 0; pair < kPartTiles / 2; ++pair) {
+        const int column = Traits::kColumnGroups * (part * kPartTiles / 2 + pair);
         uint32_t b[4];
-        ldmatrix_x4_transposed(b, key_rows.at(step, Traits::kColumnGroups * pair));
+        ldmatrix_x4_transposed(b, dq_keys(step, column));
         mma_16x8x16<Element>(dq[2 * pair], a, b[0], b[1]);
         mma_16x8x16<Element>(dq[2 * pair + 1], a, b[2], b[3]);
       }
@@ -179,13 +190,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   constexpr int kRowOffset = kLogitOffset + 2 * kLogitBytes;
 
   const AttentionParams& params = given.forward;
-  const int blocks = (params.keys + kBlockN - 1) / kBlockN;
-  const int kv_heads = params.heads / params.group;
-  const int batch = blockIdx.x / (blocks * kv_heads);
-  const int kv_head = blockIdx.x / blocks % kv_heads;
-  const int block_key = static_cast<int>(blockIdx.x) % blocks * kBlockN;
-  const Sequence sequence = sequence_of(params, batch);
-  if (block_key >= sequence.keys) return;
+  if (key_block<kBlockN>(params).key >= key_block<kBlockN>(params).sequence.keys) return;
 
   const int thread = threadIdx.x, lane = thread % 32, warp_index = thread / 32;
   const int warp_row = warp_index % Warp::kRowTiles * 16;
@@ -193,15 +198,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int warp_key = column_group * 8 * Warp::kKeyTiles;
   const int key_step = warp_index % Warp::kKeySteps, head_group = warp_index / Warp::kKeySteps;
   const int lane_row = warp_row + lane / 4, lane_key = warp_key + lane % 4 * 2;
-  const auto rows_of = [&](const HeadTensor& tensor, int head, int first_row) {
-    return static_cast<char*>(tensor.data) +
-           2 * (batch * tensor.batch_stride + head * tensor.head_stride +
-                first_row * tensor.row_stride);
-  };
   const SharedAddress k_tile = shared_address(dynamic_shared());
   const SharedAddress v_tile = k_tile + kKeyBytes;
   const SharedAddress q_tile = k_tile + kQueryOffset;
-  const SharedAddress dout_tile = q_tile + kQueryBytes;
   const SharedAddress p_tile = k_tile + kLogitOffset;
   const SharedAddress dlogit_tile = p_tile + kLogitBytes;
   const SharedAddress row_tile = k_tile + kRowOffset;
@@ -224,12 +223,13 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
 
   {
+    const KeyBlock block = key_block<kBlockN>(params);
     const TileCopy<Traits::kHeadDim, kBlockN, Traits::kThreads> k_copy(thread, params.k.row_stride);
     const TileCopy<kReadColumns, kBlockN, Traits::kThreads> v_copy(thread, params.v.row_stride);
-    const int exist = sequence.key_end - block_key;
-    const int first = sequence.first_key + block_key;
-    const char* v_rows = rows_of(params.v, kv_head, first);
-    k_copy.begin_bounded(k_tile, rows_of(params.k, kv_head, first), exist);
+    const int exist = block.sequence.key_end - block.key;
+    const int first = block.sequence.first_key + block.key;
+    const char* v_rows = block.rows_of(params.v, block.kv_head, first);
+    k_copy.begin_bounded(k_tile, block.rows_of(params.k, block.kv_head, first), exist);
     v_copy.begin_bounded(v_tile, v_rows, exist);
     if constexpr (kKeptColumns > 0) {
       // They come by the place of the probabilities and of dS.
@@ -255,46 +255,43 @@ __global__ void __launch_bounds__(Traits::kThreads)
   PhiloxKey seed{0, 0};
   if constexpr (kDropout) seed = seed_of(params.seed);
   const float scale_log2 = params.scale * 1.44269504f;
-  const Steps steps = query_steps<kBlockM, kBlockN>(params, sequence, block_key);
-  const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> q_copy(thread, params.q.row_stride);
-  const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> dout_copy(thread,
-                                                                        given.dout.row_stride);
 
   for (int member = 0; member < params.group; ++member) {
-    const int head = kv_head * params.group + member;
-    const char* q_rows = rows_of(params.q, head, sequence.first_query);
-    const char* dout_rows = rows_of(given.dout, head, sequence.first_query);
-    const int64_t work_row =
-        static_cast<int64_t>(head) * given.workspace_rows + workspace_row<kBlockM>(params, batch);
-    int* const turns = given.dq_turns == nullptr ? nullptr : given.dq_turns + work_row / kBlockM;
+    const KeyBlock block = key_block<kBlockN>(params);
+    const Sequence& sequence = block.sequence;
+    const int head = block.kv_head * params.group + member;
+    const char* q_rows = block.rows_of(params.q, head, sequence.first_query);
+    const char* dout_rows = block.rows_of(given.dout, head, sequence.first_query);
+    const int64_t work_row = static_cast<int64_t>(head) * given.workspace_rows +
+                             workspace_row<kBlockM>(params, block.batch);
+    const Steps steps = query_steps<kBlockM, kBlockN>(params, sequence, block.key);
+    const auto turn = [&](int step) { return given.dq_turns + work_row / kBlockM + step; };
 
-    // Two groups of copies a step: queries with their lse, dout with delta.
-    const auto begin_queries = [&](auto bounded, int step) {
-      const int row = step * kBlockM;
-      const char* from = q_rows + 2 * row * params.q.row_stride;
+    // A step has two groups of copies: queries with their lse, dout with delta. What a thread has to
+    // know for them is computed in every step, not kept.
+    const auto begin_copies = [&](auto bounded, const HeadTensor& tensor, const char* rows, int step,
+                                  int second) {
+      uint32_t again = thread;
+      compute_again(again);
+      const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> copy(again, tensor.row_stride);
+      const SharedAddress target = q_tile + second * kQueryBytes;
+      const char* from = rows + 2 * step * kBlockM * tensor.row_stride;
       if constexpr (decltype(bounded)::value) {
-        q_copy.begin_bounded(q_tile, from, sequence.queries - row);
+        copy.begin_bounded(target, from, sequence.queries - step * kBlockM);
       } else {
-        q_copy.begin(q_tile, from);
+        copy.begin(target, from);
       }
-      if (thread < kBlockM / 4) {
-        copy_async_16(row_tile + thread * 16, given.lse_log2 + work_row + row + thread * 4);
+      if (again < kBlockM / 4) {
+        copy_async_16(row_tile + (second * kBlockM / 4 + again) * 16,
+                      (second ? given.delta : given.lse_log2) + work_row + step * kBlockM + again * 4);
       }
       copy_async_commit();
     };
+    const auto begin_queries = [&](auto bounded, int step) {
+      begin_copies(bounded, params.q, q_rows, step, 0);
+    };
     const auto begin_dout = [&](auto bounded, int step) {
-      const int row = step * kBlockM;
-      const char* from = dout_rows + 2 * row * given.dout.row_stride;
-      if constexpr (decltype(bounded)::value) {
-        dout_copy.begin_bounded(dout_tile, from, sequence.queries - row);
-      } else {
-        dout_copy.begin(dout_tile, from);
-      }
-      if (thread < kBlockM / 4) {
-        copy_async_16(row_tile + (kBlockM / 4 + thread) * 16,
-                      given.delta + work_row + row + thread * 4);
-      }
-      copy_async_commit();
+      begin_copies(bounded, given.dout, dout_rows, step, 1);
     };
 
     int added_to = -1;
@@ -305,11 +302,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
       // way.
       copy_async_wait<1>();
       block_barrier();
-      if (turns != nullptr && added_to >= 0 && thread == 0) pass_turn(turns + added_to);
+      if (given.dq_turns != nullptr && added_to >= 0 && thread == 0) pass_turn(turn(added_to));
       warp.compute_addresses_again();
       float weights[Warp::kKeyTiles][4] = {};
       warp.multiply_keys(weights);
-      const int row = step * kBlockM + lane_row, key = block_key + lane_key;
+      const int row = step * kBlockM + lane_row, key = block.key + lane_key;
       if constexpr (kMasked) hide(weights, params, sequence, row, key);
       const float* row_values =
           reinterpret_cast<const float*>(dynamic_shared() + kRowOffset) + lane_row;
@@ -337,7 +334,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
       warp.multiply_values(dlogits, kQueryBytes);
       if constexpr (kDropout) {
-        drop_gradients(weights, dlogits, seed, batch, head, row, key, params.dropout_threshold,
+        drop_gradients(weights, dlogits, seed, block.batch, head, row, key, params.dropout_threshold,
                        params.dropout_scale, row_values + kBlockM);
       } else {
         FUSEFORMER_UNROLL
@@ -364,20 +361,26 @@ __global__ void __launch_bounds__(Traits::kThreads)
       block_barrier();
       if (more) begin_queries(Constant<false>(), next);
       warp.add_product(warp.dv, 0, kQueryBytes);
-      if (turns != nullptr && thread == 0) {
-        wait_for_turn(turns + step, turn_of<kBlockM, kBlockN>(params, sequence, block_key, step));
+      if (given.dq_turns != nullptr && thread == 0) {
+        wait_for_turn(turn(step), turn_of<kBlockM, kBlockN>(params, sequence, block.key, step));
       }
       block_barrier();
       if (more) begin_dout(Constant<false>(), next);
-      float dq[Warp::kColumnTiles][4] = {};
-      warp.multiply_logits(dq);
       float* sums = given.dq_sums + (work_row + step * kBlockM) * Traits::kHeadDim + thread;
       FUSEFORMER_UNROLL
-      for (int i = 0; i < Warp::kColumnTiles; ++i) {
+      for (int part = 0; part < Warp::kParts; ++part) {
+        float dq[Warp::kPartTiles][4] = {};
+        warp.multiply_logits(dq, part);
         FUSEFORMER_UNROLL
-        for (int j = 0; j < 4; ++j) atomic_add(sums + (4 * i + j) * Traits::kThreads, dq[i][j]);
+        for (int i = 0; i < Warp::kPartTiles; ++i) {
+          FUSEFORMER_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            const int place = 4 * (part * Warp::kPartTiles + i) + j;
+            atomic_add(sums + place * Traits::kThreads, dq[i][j]);
+          }
+        }
       }
-      if (turns != nullptr) publish();
+      if (given.dq_turns != nullptr) publish();
       added_to = step;
     };
     if (steps.count() == 0) continue;
@@ -391,7 +394,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       add_step(Constant<false>(), index, step, step - 1);
     }
     block_barrier();
-    if (turns != nullptr && thread == 0) pass_turn(turns + added_to);
+    if (given.dq_turns != nullptr && thread == 0) pass_turn(turn(added_to));
   }
 
   // Rows of dk and dv are gathered where all else has been; nobody reads that any more.
@@ -411,15 +414,16 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
   block_barrier();
-  char* dk_rows = rows_of(given.dk, kv_head, sequence.first_key);
-  char* dv_rows = rows_of(given.dv, kv_head, sequence.first_key);
+  const KeyBlock block = key_block<kBlockN>(params);
+  const int first = block.sequence.first_key + block.key;
+  char* dk_rows = block.rows_of(given.dk, block.kv_head, first);
+  char* dv_rows = block.rows_of(given.dv, block.kv_head, first);
   for (int chunk = thread; chunk < kBlockN * Layout::kChunks; chunk += Traits::kThreads) {
     const int row = chunk / Layout::kChunks, column = chunk % Layout::kChunks;
-    const int64_t key = block_key + row;
-    if (key < sequence.keys) {
+    if (block.key + row < block.sequence.keys) {
       const int offset = Layout::offset(row, column);
-      copy_16(dk_rows + 2 * key * given.dk.row_stride + 16 * column, dynamic_shared() + offset);
-      copy_16(dv_rows + 2 * key * given.dv.row_stride + 16 * column,
+      copy_16(dk_rows + 2 * row * given.dk.row_stride + 16 * column, dynamic_shared() + offset);
+      copy_16(dv_rows + 2 * row * given.dv.row_stride + 16 * column,
               dynamic_shared() + kKeyBytes + offset);
     }
   }
