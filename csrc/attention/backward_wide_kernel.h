@@ -145,6 +145,10 @@ FUSEFORMER_DEVICE void drop_gradients(float (&weights)[kKeyTiles][4],
                                       float (&dlogits)[kKeyTiles][4], PhiloxKey seed, int batch,
                                       int head, int row, int key, uint32_t threshold, float scale,
                                       const float* deltas) {
+  // The first of the ten rounds, of the same keys in every step, would stay in registers.
+  uint32_t again = key;
+  compute_again(again);
+  key = static_cast<int>(again);
   // Words decide thirty-two keys, of which a warp may have half.
   constexpr int kTilesAtOnce = kKeyTiles < 4 ? kKeyTiles : 4;
   FUSEFORMER_UNROLL
@@ -190,7 +194,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   constexpr int kRowOffset = kLogitOffset + 2 * kLogitBytes;
 
   const AttentionParams& params = given.forward;
-  if (key_block<kBlockN>(params).key >= key_block<kBlockN>(params).sequence.keys) return;
+  if (const KeyBlock block = key_block<kBlockN>(params); block.key >= block.sequence.keys) return;
 
   const int thread = threadIdx.x, lane = thread % 32, warp_index = thread / 32;
   const int warp_row = warp_index % Warp::kRowTiles * 16;
@@ -252,8 +256,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
     }
   }
-  PhiloxKey seed{0, 0};
-  if constexpr (kDropout) seed = seed_of(params.seed);
   const float scale_log2 = params.scale * 1.44269504f;
 
   for (int member = 0; member < params.group; ++member) {
@@ -262,10 +264,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const int head = block.kv_head * params.group + member;
     const char* q_rows = block.rows_of(params.q, head, sequence.first_query);
     const char* dout_rows = block.rows_of(given.dout, head, sequence.first_query);
-    const int64_t work_row = static_cast<int64_t>(head) * given.workspace_rows +
-                             workspace_row<kBlockM>(params, block.batch);
+    // The first step of this sequence and head in the workspaces.
+    const int work_step =
+        head * (given.workspace_rows / kBlockM) + workspace_row<kBlockM>(params, block.batch) / kBlockM;
     const Steps steps = query_steps<kBlockM, kBlockN>(params, sequence, block.key);
-    const auto turn = [&](int step) { return given.dq_turns + work_row / kBlockM + step; };
+    const auto turn = [&](int step) { return given.dq_turns + work_step + step; };
 
     // A step has two groups of copies: queries with their lse, dout with delta. What a thread has to
     // know for them is computed in every step, not kept.
@@ -282,8 +285,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
         copy.begin(target, from);
       }
       if (again < kBlockM / 4) {
+        const float* values = second ? given.delta : given.lse_log2;
         copy_async_16(row_tile + (second * kBlockM / 4 + again) * 16,
-                      (second ? given.delta : given.lse_log2) + work_row + step * kBlockM + again * 4);
+                      values + int64_t{kBlockM} * (work_step + step) + again * 4);
       }
       copy_async_commit();
     };
@@ -294,10 +298,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
       begin_copies(bounded, given.dout, dout_rows, step, 1);
     };
 
+    PhiloxKey seed{0, 0};
+    if constexpr (kDropout) seed = seed_of(params.seed);
     int added_to = -1;
-    const auto add_step = [&](auto masked, int index, int step, int next) {
+    const auto add_step = [&](auto masked, int step, int next) {
       constexpr bool kMasked = decltype(masked)::value;
-      const bool more = index + 1 < steps.count();
       // Everyone has left the last step, and the queries of this one are in; dout may be on its
       // way.
       copy_async_wait<1>();
@@ -334,6 +339,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
       warp.multiply_values(dlogits, kQueryBytes);
       if constexpr (kDropout) {
+        compute_again(seed.low);
+        compute_again(seed.high);
         drop_gradients(weights, dlogits, seed, block.batch, head, row, key, params.dropout_threshold,
                        params.dropout_scale, row_values + kBlockM);
       } else {
@@ -359,14 +366,15 @@ __global__ void __launch_bounds__(Traits::kThreads)
       warp.add_product(warp.dk, kLogitBytes, 0);
       // The copies of the next step begin as soon as everyone has read what they overwrite.
       block_barrier();
-      if (more) begin_queries(Constant<false>(), next);
+      if (next >= 0) begin_queries(Constant<false>(), next);
       warp.add_product(warp.dv, 0, kQueryBytes);
       if (given.dq_turns != nullptr && thread == 0) {
         wait_for_turn(turn(step), turn_of<kBlockM, kBlockN>(params, sequence, block.key, step));
       }
       block_barrier();
-      if (more) begin_dout(Constant<false>(), next);
-      float* sums = given.dq_sums + (work_row + step * kBlockM) * Traits::kHeadDim + thread;
+      if (next >= 0) begin_dout(Constant<false>(), next);
+      float* sums =
+          given.dq_sums + int64_t{kBlockM * Traits::kHeadDim} * (work_step + step) + thread;
       FUSEFORMER_UNROLL
       for (int part = 0; part < Warp::kParts; ++part) {
         float dq[Warp::kPartTiles][4] = {};
@@ -386,12 +394,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
     if (steps.count() == 0) continue;
     begin_queries(Constant<true>(), steps.at(0));
     begin_dout(Constant<true>(), steps.at(0));
-    int index = 0;
-    for (; index < steps.masked(); ++index) {
-      add_step(Constant<true>(), index, steps.at(index), steps.at(index + 1));
+    const auto following = [&](int index) { return index < steps.count() ? steps.at(index) : -1; };
+    for (int index = 0; index < steps.masked(); ++index) {
+      add_step(Constant<true>(), steps.at(index), following(index + 1));
     }
-    for (int step = steps.at(index); index < steps.count(); ++index, --step) {
-      add_step(Constant<false>(), index, step, step - 1);
+    for (int step = steps.full_end - 1; step >= steps.full_begin; --step) {
+      add_step(Constant<false>(), step, step > steps.full_begin ? step - 1 : -1);
     }
     block_barrier();
     if (given.dq_turns != nullptr && thread == 0) pass_turn(turn(added_to));
