@@ -23,10 +23,12 @@ struct KeyBlock {
 // call: registers are needed for sums meanwhile.
 template <int kBlockN>
 FUSEFORMER_DEVICE KeyBlock key_block(const AttentionParams& params) {
-  uint32_t index = blockIdx.x;
+  uint32_t index = blockIdx.x, keys = params.keys, heads = params.heads;
   compute_again(index);
-  const uint32_t blocks = (params.keys + kBlockN - 1) / kBlockN;
-  const uint32_t kv_heads = params.heads / params.group;
+  compute_again(keys);
+  compute_again(heads);
+  const uint32_t kv_heads = heads / params.group;
+  const uint32_t blocks = (keys + kBlockN - 1) / kBlockN;
   KeyBlock block;
   block.batch = index / (blocks * kv_heads);
   block.kv_head = index / blocks % kv_heads;

@@ -95,7 +95,6 @@ struct WideBackwardTraits {
   // Warps that share sixteen queries: they divide their keys, and the columns of dq.
   static constexpr int kColumnGroups = kWarps / (kBlockM / 16);
   static constexpr int kColumnSteps = kHeadDim / 16 / kColumnGroups;
-  static constexpr int kQueryOffset = 2 * kBlockN * (2 * kHeadDim - 16 * kKeptSteps);
   static constexpr int kSharedBytes = 2 * kHeadDim * (2 * kBlockN + 2 * kBlockM) -
                                       2 * 16 * kKeptSteps * kBlockN + 2 * 2 * kBlockN * kBlockM +
                                       2 * kBlockM * 4;
