@@ -8,7 +8,6 @@
 #include "../device/atomic.h"
 #include "backward_wide_warp.h"
 #include "key_block.h"
-#include "workspace.h"
 
 namespace fuseformer {
 
@@ -71,44 +70,22 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
   for (int member = 0; member < params.group; ++member) {
     const KeyBlock block = key_block<kBlockN>(params);
-    const Sequence& sequence = block.sequence;
     const int head = block.kv_head * params.group + member;
-    const char* q_rows = block.rows_of(params.q, head, sequence.first_query);
-    const char* dout_rows = block.rows_of(given.dout, head, sequence.first_query);
-    // The first step of this sequence and head in the workspaces.
-    const int work_step = head * (given.workspace_rows / kBlockM) +
-                          workspace_row<kBlockM>(params, block.batch) / kBlockM;
-    const auto turn = [&](int step) { return given.dq_turns + work_step + step; };
-    const Steps steps = query_steps<kBlockM, kBlockN>(params, sequence, block.key);
+    const QuerySteps<Traits> queries(given, block, head);
+    if (queries.steps.count() == 0) continue;
     PhiloxKey seed{0, 0};
     if constexpr (kDropout) seed = seed_of(params.seed);
 
     // A step has two groups of copies: queries with their lse, dout with delta.
-    const auto begin_copies = [&](auto bounded, const HeadTensor& tensor, const char* rows,
-                                  int step, int second) {
-      uint32_t again = thread;
-      compute_again(again);
-      again %= Traits::kThreads;
-      const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> copy(again, tensor.row_stride);
-      const SharedAddress target = shared + (second ? Warp::kDout : Warp::kQueries);
-      const char* from = rows + 2 * step * kBlockM * tensor.row_stride;
-      if constexpr (decltype(bounded)::value) {
-        copy.begin_bounded(target, from, sequence.queries - step * kBlockM);
-      } else {
-        copy.begin(target, from);
-      }
-      if (again < kBlockM / 4) {
-        const float* values = second ? given.delta : given.lse_log2;
-        copy_async_16(shared + Warp::kRowValues + (second * kBlockM / 4 + again) * 16,
-                      values + int64_t{kBlockM} * (work_step + step) + again * 4);
-      }
+    const auto begin_queries = [&](auto bounded, int step) {
+      queries.template begin_queries<decltype(bounded)::value>(shared + Warp::kQueries,
+                                                               shared + Warp::kRowValues, step);
       copy_async_commit();
     };
-    const auto begin_queries = [&](auto bounded, int step) {
-      begin_copies(bounded, params.q, q_rows, step, 0);
-    };
     const auto begin_dout = [&](auto bounded, int step) {
-      begin_copies(bounded, given.dout, dout_rows, step, 1);
+      queries.template begin_dout<decltype(bounded)::value>(
+          shared + Warp::kDout, shared + Warp::kRowValues + 4 * kBlockM, step);
+      copy_async_commit();
     };
 
     int added_to = -1;
@@ -118,14 +95,15 @@ __global__ void __launch_bounds__(Traits::kThreads)
       // way.
       copy_async_wait<1>();
       block_barrier();
-      if (given.dq_turns != nullptr && added_to >= 0 && thread == 0) pass_turn(turn(added_to));
+      if (given.dq_turns != nullptr && added_to >= 0 && thread == 0)
+        pass_turn(queries.turn(added_to));
       float weights[Warp::kKeyTiles][4] = {};
       warp.multiply_keys(weights, shared);
       const Place place;
       const int lane_row = place.row + place.lane / 4;
       const int row = step * kBlockM + lane_row;
       const int key = block.key + place.key + place.lane % 4 * 2;
-      if constexpr (kMasked) hide(weights, params, sequence, row, key);
+      if constexpr (kMasked) hide(weights, params, block.sequence, row, key);
       const float* row_values =
           reinterpret_cast<const float*>(dynamic_shared() + Warp::kRowValues) + lane_row;
       FUSEFORMER_UNROLL
@@ -169,12 +147,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
       if (next >= 0) begin_queries(Constant<false>(), next);
       warp.add_product(warp.dv, shared + Warp::kProbabilities, shared + Warp::kDout);
       if (given.dq_turns != nullptr && thread == 0) {
-        wait_for_turn(turn(step), turn_of<kBlockM, kBlockN>(params, sequence, block.key, step));
+        wait_for_turn(queries.turn(step),
+                      turn_of<kBlockM, kBlockN>(params, block.sequence, block.key, step));
       }
       block_barrier();
       if (next >= 0) begin_dout(Constant<false>(), next);
-      float* sums =
-          given.dq_sums + int64_t{kBlockM * Traits::kHeadDim} * (work_step + step) + thread;
+      float* sums = queries.sums(step);
       FUSEFORMER_UNROLL
       for (int part = 0; part < Warp::kParts; ++part) {
         float dq[Warp::kPartTiles][4] = {};
@@ -191,23 +169,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
       if (given.dq_turns != nullptr) publish();
       added_to = step;
     };
-    if (steps.count() == 0) continue;
-    begin_queries(Constant<true>(), steps.at(0));
-    begin_dout(Constant<true>(), steps.at(0));
-    const int last_full = steps.full_end > steps.full_begin ? steps.full_end - 1 : -1;
-    for (int left = steps.masked(), step = steps.at(0); left > 0; --left) {
-      const int below = step == steps.full_end ? steps.full_begin - 1 : step - 1;
-      const int next = left == 1 ? last_full : below;
-      add_step(Constant<true>(), step, next);
-      step = next;
-    }
-    for (int step = last_full; step >= 0;) {
-      const int next = step > steps.full_begin ? step - 1 : -1;
-      add_step(Constant<false>(), step, next);
-      step = next;
-    }
+    const int first = queries.steps.at(0);
+    begin_queries(Constant<true>(), first);
+    begin_dout(Constant<true>(), first);
+    queries.for_each(add_step);
     block_barrier();
-    if (given.dq_turns != nullptr && thread == 0) pass_turn(turn(added_to));
+    if (given.dq_turns != nullptr && thread == 0) pass_turn(queries.turn(added_to));
   }
 
   // Rows of dk and dv are gathered where all else has been; nobody reads that any more.
@@ -230,19 +197,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
   block_barrier();
-  const KeyBlock block = key_block<kBlockN>(params);
-  const int first = block.sequence.first_key + block.key;
-  char* dk_rows = block.rows_of(given.dk, block.kv_head, first);
-  char* dv_rows = block.rows_of(given.dv, block.kv_head, first);
-  for (int chunk = thread; chunk < kBlockN * Layout::kChunks; chunk += Traits::kThreads) {
-    const int row = chunk / Layout::kChunks, column = chunk % Layout::kChunks;
-    if (block.key + row < block.sequence.keys) {
-      const int offset = Layout::offset(row, column);
-      copy_16(dk_rows + 2 * row * given.dk.row_stride + 16 * column, dynamic_shared() + offset);
-      copy_16(dv_rows + 2 * row * given.dv.row_stride + 16 * column,
-              dynamic_shared() + kDvOffset + offset);
-    }
-  }
+  write_key_gradients<Traits>(given, kDvOffset);
 }
 
 }  // namespace fuseformer
