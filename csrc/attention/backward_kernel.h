@@ -11,10 +11,8 @@
 
 #include "../device/atomic.h"
 #include "../device/philox.h"
-#include "../device/tile.h"
-#include "mask.h"
+#include "key_block.h"
 #include "traits.h"
-#include "workspace.h"
 
 namespace fuseformer {
 
@@ -164,22 +162,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   static_assert(Warp::kQueryTiles <= 8);                      // `kept` has 32 bits
 
   const AttentionParams& params = given.forward;
-  const int blocks = (params.keys + kBlockN - 1) / kBlockN;
-  const int kv_heads = params.heads / params.group;
-  const int batch = blockIdx.x / (blocks * kv_heads);
-  const int kv_head = blockIdx.x / blocks % kv_heads;
-  const int block_key = static_cast<int>(blockIdx.x) % blocks * kBlockN;
-  const Sequence sequence = sequence_of(params, batch);
-  if (block_key >= sequence.keys) return;
-
+  if (const KeyBlock block = key_block<kBlockN>(params); block.key >= block.sequence.keys) return;
   const int thread = threadIdx.x, lane = thread % 32, warp_index = thread / 32;
-  const int warp_key = block_key + 16 * warp_index, lane_key = warp_key + lane / 4;
-  const int lane_row = lane % 4 * 2;
-  const auto rows_of = [&](const HeadTensor& tensor, int head, int first_row) {
-    return static_cast<char*>(tensor.data) +
-           2 * (batch * tensor.batch_stride + head * tensor.head_stride +
-                first_row * tensor.row_stride);
-  };
+  const int lane_key = 16 * warp_index + lane / 4, lane_row = lane % 4 * 2;
   const SharedAddress k_tile = shared_address(dynamic_shared());
   const SharedAddress v_tile = k_tile + kKeyBytes;
   const SharedAddress q_tile = v_tile + kKeyBytes;
@@ -197,7 +182,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   warp.key_rows = Warp::Addresses::in_row_order(k_tile, lane, warp_index / Warp::kRowTiles);
   warp.logits =
       Warp::LogitAddresses::in_column_order(logit_tile, lane, warp_index % Warp::kRowTiles);
-  warp.stored_logits = kLogitOffset + LogitLayout::offset(lane_key - block_key, 0) + 2 * lane_row;
+  warp.stored_logits = kLogitOffset + LogitLayout::offset(lane_key, 0) + 2 * lane_row;
   FUSEFORMER_UNROLL
   for (int i = 0; i < Warp::kHeadTiles; ++i) {
     FUSEFORMER_UNROLL
@@ -205,12 +190,13 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
 
   {
+    const KeyBlock block = key_block<kBlockN>(params);
     const TileCopy<Traits::kHeadDim, kBlockN, Traits::kThreads> k_copy(thread, params.k.row_stride);
     const TileCopy<Traits::kHeadDim, kBlockN, Traits::kThreads> v_copy(thread, params.v.row_stride);
-    const int exist = sequence.key_end - block_key;
-    const int first = sequence.first_key + block_key;
-    k_copy.begin_bounded(k_tile, rows_of(params.k, kv_head, first), exist);
-    v_copy.begin_bounded(v_tile, rows_of(params.v, kv_head, first), exist);
+    const int exist = block.sequence.key_end - block.key;
+    const int first = block.sequence.first_key + block.key;
+    k_copy.begin_bounded(k_tile, block.rows_of(params.k, block.kv_head, first), exist);
+    v_copy.begin_bounded(v_tile, block.rows_of(params.v, block.kv_head, first), exist);
     copy_async_commit();
     if constexpr (Warp::kKeepOperands) {
       copy_async_wait<0>();
@@ -222,57 +208,41 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
     }
   }
-  PhiloxKey seed{0, 0};
-  if constexpr (kDropout) seed = seed_of(params.seed);
   const float scale_log2 = params.scale * 1.44269504f;
-  const Steps steps = query_steps<kBlockM, kBlockN>(params, sequence, block_key);
-  const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> q_copy(thread, params.q.row_stride);
-  const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> dout_copy(thread,
-                                                                        given.dout.row_stride);
 
   for (int member = 0; member < params.group; ++member) {
-    const int head = kv_head * params.group + member;
-    const char* q_rows = rows_of(params.q, head, sequence.first_query);
-    const char* dout_rows = rows_of(given.dout, head, sequence.first_query);
-    const int64_t work_row =
-        static_cast<int64_t>(head) * given.workspace_rows + workspace_row<kBlockM>(params, batch);
-    int* const turns = given.dq_turns == nullptr ? nullptr : given.dq_turns + work_row / kBlockM;
+    const KeyBlock block = key_block<kBlockN>(params);
+    const int head = block.kv_head * params.group + member;
+    const QuerySteps<Traits> queries(given, block, head);
+    if (queries.steps.count() == 0) continue;
+    PhiloxKey seed{0, 0};
+    if constexpr (kDropout) seed = seed_of(params.seed);
 
-    // Copies of a step: queries, dout, and kBlockM numbers of lse and delta.
     const auto begin_copies = [&](auto bounded, int step, int stage) {
-      const int row = step * kBlockM;
-      const char* q_from = q_rows + 2 * row * params.q.row_stride;
-      const char* dout_from = dout_rows + 2 * row * given.dout.row_stride;
-      if constexpr (decltype(bounded)::value) {
-        q_copy.begin_bounded(q_tile + stage * kQueryBytes, q_from, sequence.queries - row);
-        dout_copy.begin_bounded(dout_tile + stage * kQueryBytes, dout_from, sequence.queries - row);
-      } else {
-        q_copy.begin(q_tile + stage * kQueryBytes, q_from);
-        dout_copy.begin(dout_tile + stage * kQueryBytes, dout_from);
-      }
-      if (thread < kBlockM / 2) {
-        const float* from = thread < kBlockM / 4 ? given.lse_log2 : given.delta;
-        copy_async_16(row_tile + (stage * kBlockM / 2 + thread) * 16,
-                      from + work_row + row + thread % (kBlockM / 4) * 4);
-      }
+      constexpr bool kBounded = decltype(bounded)::value;
+      const SharedAddress lse = row_tile + 8 * stage * kBlockM;
+      queries.template begin_queries<kBounded>(q_tile + stage * kQueryBytes, lse, step);
+      queries.template begin_dout<kBounded>(dout_tile + stage * kQueryBytes, lse + 4 * kBlockM,
+                                            step);
       copy_async_commit();
     };
 
     int stage = 0, added_to = -1;
-    const auto add_step = [&](auto masked, int index, int step, int next) {
+    const auto add_step = [&](auto masked, int step, int next) {
       constexpr bool kMasked = decltype(masked)::value;
       // Everyone has left the last step, and this step's copies are in.
       copy_async_wait<0>();
       block_barrier();
-      if (turns != nullptr && added_to >= 0 && thread == 0) pass_turn(turns + added_to);
+      if (given.dq_turns != nullptr && added_to >= 0 && thread == 0)
+        pass_turn(queries.turn(added_to));
       if constexpr (Traits::kStages == 2) {
-        if (index + 1 < steps.count()) begin_copies(Constant<false>(), next, stage ^ 1);
+        if (next >= 0) begin_copies(Constant<false>(), next, stage ^ 1);
       }
       warp.compute_addresses_again();
       float weights[Warp::kQueryTiles][4] = {};
       warp.multiply_transposed(weights, warp.k, 0, stage * kQueryBytes);
-      const int row = step * kBlockM + lane_row;
-      if constexpr (kMasked) hide_transposed(weights, params, sequence, row, lane_key);
+      const int row = step * kBlockM + lane_row, key = block.key + lane_key;
+      if constexpr (kMasked) hide_transposed(weights, params, block.sequence, row, key);
       const float* row_values = reinterpret_cast<const float*>(dynamic_shared() + kRowOffset) +
                                 stage * 2 * kBlockM + lane_row;
       FUSEFORMER_UNROLL
@@ -293,7 +263,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
       warp.multiply_transposed(dlogits, warp.v, kKeyBytes, kDoutOffset + stage * kQueryBytes);
       if constexpr (kDropout) {
-        const uint32_t kept = kept_transposed<Warp::kQueryTiles>(seed, batch, head, row, lane_key,
+        const uint32_t kept = kept_transposed<Warp::kQueryTiles>(seed, block.batch, head, row, key,
                                                                  params.dropout_threshold);
         FUSEFORMER_UNROLL
         for (int i = 0; i < Warp::kQueryTiles; ++i) {
@@ -329,39 +299,33 @@ __global__ void __launch_bounds__(Traits::kThreads)
         }
       }
       warp.add_product(warp.dk, operand, stage * kQueryBytes);
-      if (turns != nullptr && thread == 0) {
-        wait_for_turn(turns + step, turn_of<kBlockM, kBlockN>(params, sequence, block_key, step));
+      if (given.dq_turns != nullptr && thread == 0) {
+        wait_for_turn(queries.turn(step),
+                      turn_of<kBlockM, kBlockN>(params, block.sequence, block.key, step));
       }
       block_barrier();
       if constexpr (Traits::kStages == 1) {
-        if (index + 1 < steps.count()) begin_copies(Constant<false>(), next, 0);
+        if (next >= 0) begin_copies(Constant<false>(), next, 0);
       }
       float dq[Warp::kColumnTiles][4] = {};
       warp.multiply_keys(dq);
-      float* sums = given.dq_sums + (work_row + step * kBlockM) * Traits::kHeadDim + thread;
+      float* sums = queries.sums(step);
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kColumnTiles; ++i) {
         FUSEFORMER_UNROLL
         for (int j = 0; j < 4; ++j) atomic_add(sums + (4 * i + j) * Traits::kThreads, dq[i][j]);
       }
-      if (turns != nullptr) publish();
+      if (given.dq_turns != nullptr) publish();
       added_to = step;
       if constexpr (Traits::kStages == 2) stage ^= 1;
     };
-    if (steps.count() == 0) continue;
-    begin_copies(Constant<true>(), steps.at(0), 0);
-    int index = 0;
-    for (; index < steps.masked(); ++index) {
-      add_step(Constant<true>(), index, steps.at(index), steps.at(index + 1));
-    }
-    for (int step = steps.at(index); index < steps.count(); ++index, --step) {
-      add_step(Constant<false>(), index, step, step - 1);
-    }
+    begin_copies(Constant<true>(), queries.steps.at(0), 0);
+    queries.for_each(add_step);
     block_barrier();
-    if (turns != nullptr && thread == 0) pass_turn(turns + added_to);
+    if (given.dq_turns != nullptr && thread == 0) pass_turn(queries.turn(added_to));
   }
 
-  // Each warp writes its rows where its keys and values have been; nobody reads those any more.
+  // Rows of dk and dv are gathered where keys and values have been; nobody reads those any more.
   copy_async_wait<0>();
   block_barrier();
   const float dv_scale = kDropout ? params.dropout_scale : 1.0f;
@@ -369,26 +333,15 @@ __global__ void __launch_bounds__(Traits::kThreads)
   for (int i = 0; i < Warp::kHeadTiles; ++i) {
     FUSEFORMER_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int offset = Layout::offset(lane_key - block_key + 8 * half, i) + 2 * lane_row;
+      const int offset = Layout::offset(lane_key + 8 * half, i) + 2 * lane_row;
       *reinterpret_cast<uint32_t*>(dynamic_shared() + offset) = pack<Element>(
           warp.dk[i][2 * half] * params.scale, warp.dk[i][2 * half + 1] * params.scale);
       *reinterpret_cast<uint32_t*>(dynamic_shared() + kKeyBytes + offset) =
           pack<Element>(warp.dv[i][2 * half] * dv_scale, warp.dv[i][2 * half + 1] * dv_scale);
     }
   }
-  warp_barrier();
-  char* dk_rows = rows_of(given.dk, kv_head, sequence.first_key);
-  char* dv_rows = rows_of(given.dv, kv_head, sequence.first_key);
-  for (int chunk = lane; chunk < 16 * Layout::kChunks; chunk += 32) {
-    const int row = 16 * warp_index + chunk / Layout::kChunks, column = chunk % Layout::kChunks;
-    const int64_t key = block_key + row;
-    if (key < sequence.keys) {
-      const int offset = Layout::offset(row, column);
-      copy_16(dk_rows + 2 * key * given.dk.row_stride + 16 * column, dynamic_shared() + offset);
-      copy_16(dv_rows + 2 * key * given.dv.row_stride + 16 * column,
-              dynamic_shared() + kKeyBytes + offset);
-    }
-  }
+  block_barrier();
+  write_key_gradients<Traits>(given, kKeyBytes);
 }
 
 }  // namespace fuseformer
