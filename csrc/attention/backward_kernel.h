@@ -30,23 +30,44 @@ struct BackwardWarp {
   using Addresses = LaneAddresses<Traits::kHeadDim>;
   using LogitAddresses = LaneAddresses<Traits::kBlockM>;
 
+  // Offsets in the shared memory: keys, values, kStages tiles of queries, as many of dout, dS, and
+  // kStages of lse and of delta.
+  using Layout = Tile<Traits::kHeadDim>;
+  using LogitLayout = Tile<Traits::kBlockM>;
+  static constexpr int kKeyBytes = Traits::kBlockN * Layout::kRowBytes;
+  static constexpr int kQueryBytes = Traits::kBlockM * Layout::kRowBytes;
+  static constexpr int kQueries = 2 * kKeyBytes;
+  static constexpr int kDout = kQueries + Traits::kStages * kQueryBytes;
+  static constexpr int kLogits = kDout + Traits::kStages * kQueryBytes;
+  static constexpr int kRowValues = kLogits + Traits::kBlockN * LogitLayout::kRowBytes;
+
   float dk[kHeadTiles][4];
   float dv[kHeadTiles][4];
   uint32_t k[kKeepOperands ? kHeadSteps : 1][4];
   uint32_t v[kKeepOperands ? kHeadSteps : 1][4];
-  // Tiles of one shape lie a fixed number of bytes apart: one set of addresses serves them all.
-  Addresses k_rows;        // operand A of the logits, and of dP
-  Addresses q_columns;     // operand B of the logits, and of dP
-  Addresses q_rows;        // operand B of dk, and of dv
-  Addresses key_rows;      // operand B of dq: all keys of the block
-  LogitAddresses logits;   // operand A of dq
-  uint32_t stored_logits;  // offset in the shared memory of the lane's first ones
+  // What follows from the number of the thread. It is computed where it is used: the sums leave no
+  // registers to keep it in.
+  struct Place {
+    int lane;
+    int warp;
 
-  // products = a @ b.T, a being the warp's keys or values, b the queries or dout of a step: offsets
-  // of their tiles from those of the keys and of the first queries.
+    FUSEFORMER_DEVICE Place() {
+      uint32_t thread = threadIdx.x;
+      compute_again(thread);
+      lane = thread % 32;
+      warp = thread / 32 % Traits::kWarps;
+    }
+  };
+
+  // products = a @ b.T, a being the warp's keys or values, kept or in `a_tile`, b the queries or
+  // dout of a step.
   FUSEFORMER_DEVICE void multiply_transposed(
       float (&products)[kQueryTiles][4], const uint32_t (&kept)[kKeepOperands ? kHeadSteps : 1][4],
-      int kept_offset, int offset) {
+      SharedAddress a_tile, SharedAddress b_tile) {
+    const Place place;
+    const auto a_rows =
+        Addresses::in_row_order(a_tile + 16 * place.warp * Layout::kRowBytes, place.lane);
+    const auto b_columns = Addresses::in_column_order(b_tile, place.lane);
     FUSEFORMER_UNROLL
     for (int step = 0; step < kHeadSteps; ++step) {
       uint32_t a[4];
@@ -54,12 +75,12 @@ struct BackwardWarp {
         FUSEFORMER_UNROLL
         for (int i = 0; i < 4; ++i) a[i] = kept[step][i];
       } else {
-        ldmatrix_x4(a, k_rows.at(0, step) + kept_offset);
+        ldmatrix_x4(a, a_rows.at(0, step));
       }
       FUSEFORMER_UNROLL
       for (int pair = 0; pair < kQueryTiles / 2; ++pair) {
         uint32_t b[4];
-        ldmatrix_x4(b, q_columns.at(pair, step) + offset);
+        ldmatrix_x4(b, b_columns.at(pair, step));
         mma_16x8x16<Element>(products[2 * pair], a, b[0], b[1]);
         mma_16x8x16<Element>(products[2 * pair + 1], a, b[2], b[3]);
       }
@@ -68,30 +89,27 @@ struct BackwardWarp {
 
   // sums += a @ b, a being sixteen keys by the queries of a step, packed as operands.
   FUSEFORMER_DEVICE void add_product(float (&sums)[kHeadTiles][4],
-                                     const uint32_t (&a)[kQueryTiles / 2][4], int offset) {
+                                     const uint32_t (&a)[kQueryTiles / 2][4],
+                                     SharedAddress b_tile) {
+    const auto b_rows = Addresses::in_row_order(b_tile, Place().lane);
     FUSEFORMER_UNROLL
     for (int step = 0; step < kQueryTiles / 2; ++step) {
       FUSEFORMER_UNROLL
       for (int pair = 0; pair < kHeadTiles / 2; ++pair) {
         uint32_t b[4];
-        ldmatrix_x4_transposed(b, q_rows.at(step, pair) + offset);
+        ldmatrix_x4_transposed(b, b_rows.at(step, pair));
         mma_16x8x16<Element>(sums[2 * pair], a[step], b[0], b[1]);
         mma_16x8x16<Element>(sums[2 * pair + 1], a[step], b[2], b[3]);
       }
     }
   }
 
-  FUSEFORMER_DEVICE void compute_addresses_again() {
-    k_rows.compute_phases_again();
-    q_columns.compute_phases_again();
-    q_rows.compute_phases_again();
-    key_rows.compute_phases_again();
-    logits.compute_phases_again();
-    compute_again(stored_logits);
-  }
-
   // dq = dS @ k over all keys of the block, for this warp's rows and columns of the step.
-  FUSEFORMER_DEVICE void multiply_keys(float (&dq)[kColumnTiles][4]) {
+  FUSEFORMER_DEVICE void multiply_keys(float (&dq)[kColumnTiles][4], SharedAddress shared) {
+    const Place place;
+    const auto key_rows = Addresses::in_row_order(shared, place.lane, place.warp / kRowTiles);
+    const auto logits =
+        LogitAddresses::in_column_order(shared + kLogits, place.lane, place.warp % kRowTiles);
     FUSEFORMER_UNROLL
     for (int step = 0; step < Traits::kBlockN / 16; ++step) {
       uint32_t a[4];
@@ -153,36 +171,18 @@ __global__ void __launch_bounds__(Traits::kThreads)
     attention_backward_kernel(const AttentionGradientParams given) {
   using Element = typename Traits::Element;
   using Warp = BackwardWarp<Traits>;
+  using Place = typename Warp::Place;
   using Layout = Tile<Traits::kHeadDim>;
   using LogitLayout = Tile<Traits::kBlockM>;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
-  constexpr int kKeyBytes = kBlockN * Layout::kRowBytes;
-  constexpr int kQueryBytes = kBlockM * Layout::kRowBytes;
-  constexpr int kDoutOffset = Traits::kStages * kQueryBytes;  // from the queries to dout
-  static_assert(Warp::kQueryTiles <= 8);                      // `kept` has 32 bits
+  constexpr int kKeyBytes = Warp::kKeyBytes, kQueryBytes = Warp::kQueryBytes;
+  static_assert(Warp::kQueryTiles <= 8);  // `kept` has 32 bits
 
   const AttentionParams& params = given.forward;
   if (const KeyBlock block = key_block<kBlockN>(params); block.key >= block.sequence.keys) return;
-  const int thread = threadIdx.x, lane = thread % 32, warp_index = thread / 32;
-  const int lane_key = 16 * warp_index + lane / 4, lane_row = lane % 4 * 2;
-  const SharedAddress k_tile = shared_address(dynamic_shared());
-  const SharedAddress v_tile = k_tile + kKeyBytes;
-  const SharedAddress q_tile = v_tile + kKeyBytes;
-  const SharedAddress dout_tile = q_tile + Traits::kStages * kQueryBytes;
-  const SharedAddress logit_tile = dout_tile + Traits::kStages * kQueryBytes;
-  constexpr int kLogitOffset = 2 * kKeyBytes + 2 * Traits::kStages * kQueryBytes;
-  constexpr int kRowOffset = kLogitOffset + kBlockN * LogitLayout::kRowBytes;
-  const SharedAddress row_tile = logit_tile + kBlockN * LogitLayout::kRowBytes;
-
+  const int thread = threadIdx.x;
+  const SharedAddress shared = shared_address(dynamic_shared());
   Warp warp;
-  const int warp_bytes = 16 * warp_index * Layout::kRowBytes;
-  warp.k_rows = Warp::Addresses::in_row_order(k_tile + warp_bytes, lane);
-  warp.q_columns = Warp::Addresses::in_column_order(q_tile, lane);
-  warp.q_rows = Warp::Addresses::in_row_order(q_tile, lane);
-  warp.key_rows = Warp::Addresses::in_row_order(k_tile, lane, warp_index / Warp::kRowTiles);
-  warp.logits =
-      Warp::LogitAddresses::in_column_order(logit_tile, lane, warp_index % Warp::kRowTiles);
-  warp.stored_logits = kLogitOffset + LogitLayout::offset(lane_key, 0) + 2 * lane_row;
   FUSEFORMER_UNROLL
   for (int i = 0; i < Warp::kHeadTiles; ++i) {
     FUSEFORMER_UNROLL
@@ -195,35 +195,35 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const TileCopy<Traits::kHeadDim, kBlockN, Traits::kThreads> v_copy(thread, params.v.row_stride);
     const int exist = block.sequence.key_end - block.key;
     const int first = block.sequence.first_key + block.key;
-    k_copy.begin_bounded(k_tile, block.rows_of(params.k, block.kv_head, first), exist);
-    v_copy.begin_bounded(v_tile, block.rows_of(params.v, block.kv_head, first), exist);
+    k_copy.begin_bounded(shared, block.rows_of(params.k, block.kv_head, first), exist);
+    v_copy.begin_bounded(shared + kKeyBytes, block.rows_of(params.v, block.kv_head, first), exist);
     copy_async_commit();
     if constexpr (Warp::kKeepOperands) {
       copy_async_wait<0>();
       block_barrier();
+      const Place place;
+      const auto k_rows =
+          Warp::Addresses::in_row_order(shared + 16 * place.warp * Layout::kRowBytes, place.lane);
       FUSEFORMER_UNROLL
       for (int step = 0; step < Warp::kHeadSteps; ++step) {
-        ldmatrix_x4(warp.k[step], warp.k_rows.at(0, step));
-        ldmatrix_x4(warp.v[step], warp.k_rows.at(0, step) + kKeyBytes);
+        ldmatrix_x4(warp.k[step], k_rows.at(0, step));
+        ldmatrix_x4(warp.v[step], k_rows.at(0, step) + kKeyBytes);
       }
     }
   }
   const float scale_log2 = params.scale * 1.44269504f;
 
   for (int member = 0; member < params.group; ++member) {
-    const KeyBlock block = key_block<kBlockN>(params);
-    const int head = block.kv_head * params.group + member;
-    const QuerySteps<Traits> queries(given, block, head);
-    if (queries.steps.count() == 0) continue;
-    PhiloxKey seed{0, 0};
-    if constexpr (kDropout) seed = seed_of(params.seed);
+    const QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes> queries(given, member);
+    if (queries.kept().steps.count() == 0) continue;
 
     const auto begin_copies = [&](auto bounded, int step, int stage) {
       constexpr bool kBounded = decltype(bounded)::value;
-      const SharedAddress lse = row_tile + 8 * stage * kBlockM;
-      queries.template begin_queries<kBounded>(q_tile + stage * kQueryBytes, lse, step);
-      queries.template begin_dout<kBounded>(dout_tile + stage * kQueryBytes, lse + 4 * kBlockM,
-                                            step);
+      const SharedAddress lse = shared + Warp::kRowValues + 8 * stage * kBlockM;
+      queries.template begin_queries<kBounded>(shared + Warp::kQueries + stage * kQueryBytes, lse,
+                                               step);
+      queries.template begin_dout<kBounded>(shared + Warp::kDout + stage * kQueryBytes,
+                                            lse + 4 * kBlockM, step);
       copy_async_commit();
     };
 
@@ -234,17 +234,21 @@ __global__ void __launch_bounds__(Traits::kThreads)
       copy_async_wait<0>();
       block_barrier();
       if (given.dq_turns != nullptr && added_to >= 0 && thread == 0)
-        pass_turn(queries.turn(added_to));
+        pass_turn(queries.turns(added_to));
       if constexpr (Traits::kStages == 2) {
         if (next >= 0) begin_copies(Constant<false>(), next, stage ^ 1);
       }
-      warp.compute_addresses_again();
       float weights[Warp::kQueryTiles][4] = {};
-      warp.multiply_transposed(weights, warp.k, 0, stage * kQueryBytes);
-      const int row = step * kBlockM + lane_row, key = block.key + lane_key;
-      if constexpr (kMasked) hide_transposed(weights, params, block.sequence, row, key);
-      const float* row_values = reinterpret_cast<const float*>(dynamic_shared() + kRowOffset) +
-                                stage * 2 * kBlockM + lane_row;
+      warp.multiply_transposed(weights, warp.k, shared,
+                               shared + Warp::kQueries + stage * kQueryBytes);
+      const Place place;
+      const int lane_row = place.lane % 4 * 2, lane_key = 16 * place.warp + place.lane / 4;
+      const int row = step * kBlockM + lane_row, key = queries.kept().block.key + lane_key;
+      if constexpr (kMasked)
+        hide_transposed(weights, params, queries.kept().block.sequence, row, key);
+      const float* row_values =
+          reinterpret_cast<const float*>(dynamic_shared() + Warp::kRowValues) +
+          stage * 2 * kBlockM + lane_row;
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kQueryTiles; ++i) {
         FUSEFORMER_UNROLL
@@ -261,10 +265,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
           dlogits[i][j] = kDropout ? 0.0f : -row_values[kBlockM + 8 * i + j % 2];
         }
       }
-      warp.multiply_transposed(dlogits, warp.v, kKeyBytes, kDoutOffset + stage * kQueryBytes);
+      warp.multiply_transposed(dlogits, warp.v, shared + kKeyBytes,
+                               shared + Warp::kDout + stage * kQueryBytes);
       if constexpr (kDropout) {
-        const uint32_t kept = kept_transposed<Warp::kQueryTiles>(seed, block.batch, head, row, key,
-                                                                 params.dropout_threshold);
+        const uint32_t kept = kept_transposed<Warp::kQueryTiles>(
+            queries.kept().seed, queries.kept().block.batch, queries.kept().head, row, key,
+            params.dropout_threshold);
         FUSEFORMER_UNROLL
         for (int i = 0; i < Warp::kQueryTiles; ++i) {
           FUSEFORMER_UNROLL
@@ -282,33 +288,37 @@ __global__ void __launch_bounds__(Traits::kThreads)
           for (int j = 0; j < 4; ++j) dlogits[i][j] *= weights[i][j];
         }
       }
-      uint32_t operand[Warp::kQueryTiles / 2][4];
+      // dS is on its way before the first product: packed it needs half the registers.
+      uint32_t weight_operand[Warp::kQueryTiles / 2][4], dlogit_operand[Warp::kQueryTiles / 2][4];
+      const Place storer;
+      const int stored_logits = Warp::kLogits +
+                                LogitLayout::offset(16 * storer.warp + storer.lane / 4, 0) +
+                                storer.lane % 4 * 4;
       FUSEFORMER_UNROLL
-      for (int i = 0; i < Warp::kQueryTiles / 2; ++i) as_operand<Element>(operand[i], weights, i);
-      warp.add_product(warp.dv, operand, kDoutOffset + stage * kQueryBytes);
-      FUSEFORMER_UNROLL
-      for (int i = 0; i < Warp::kQueryTiles / 2; ++i) as_operand<Element>(operand[i], dlogits, i);
+      for (int i = 0; i < Warp::kQueryTiles / 2; ++i) {
+        as_operand<Element>(weight_operand[i], weights, i);
+        as_operand<Element>(dlogit_operand[i], dlogits, i);
+      }
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kQueryTiles; ++i) {
         FUSEFORMER_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const uint32_t offset =
-              (warp.stored_logits ^ i % 8 * 16) + 8 * half * LogitLayout::kRowBytes;
+          const uint32_t offset = (stored_logits ^ i % 8 * 16) + 8 * half * LogitLayout::kRowBytes;
           *reinterpret_cast<uint32_t*>(dynamic_shared() + offset) =
-              operand[i / 2][i % 2 * 2 + half];
+              dlogit_operand[i / 2][i % 2 * 2 + half];
         }
       }
-      warp.add_product(warp.dk, operand, stage * kQueryBytes);
+      warp.add_product(warp.dv, weight_operand, shared + Warp::kDout + stage * kQueryBytes);
+      warp.add_product(warp.dk, dlogit_operand, shared + Warp::kQueries + stage * kQueryBytes);
       if (given.dq_turns != nullptr && thread == 0) {
-        wait_for_turn(queries.turn(step),
-                      turn_of<kBlockM, kBlockN>(params, block.sequence, block.key, step));
+        wait_for_turn(queries.turns(step), queries.turn(step));
       }
       block_barrier();
       if constexpr (Traits::kStages == 1) {
         if (next >= 0) begin_copies(Constant<false>(), next, 0);
       }
       float dq[Warp::kColumnTiles][4] = {};
-      warp.multiply_keys(dq);
+      warp.multiply_keys(dq, shared);
       float* sums = queries.sums(step);
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kColumnTiles; ++i) {
@@ -319,21 +329,23 @@ __global__ void __launch_bounds__(Traits::kThreads)
       added_to = step;
       if constexpr (Traits::kStages == 2) stage ^= 1;
     };
-    begin_copies(Constant<true>(), queries.steps.at(0), 0);
+    begin_copies(Constant<true>(), queries.kept().steps.at(0), 0);
     queries.for_each(add_step);
     block_barrier();
-    if (given.dq_turns != nullptr && thread == 0) pass_turn(queries.turn(added_to));
+    if (given.dq_turns != nullptr && thread == 0) pass_turn(queries.turns(added_to));
   }
 
   // Rows of dk and dv are gathered where keys and values have been; nobody reads those any more.
   copy_async_wait<0>();
   block_barrier();
+  const Place place;
   const float dv_scale = kDropout ? params.dropout_scale : 1.0f;
   FUSEFORMER_UNROLL
   for (int i = 0; i < Warp::kHeadTiles; ++i) {
     FUSEFORMER_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int offset = Layout::offset(lane_key + 8 * half, i) + 2 * lane_row;
+      const int offset =
+          Layout::offset(16 * place.warp + place.lane / 4 + 8 * half, i) + place.lane % 4 * 4;
       *reinterpret_cast<uint32_t*>(dynamic_shared() + offset) = pack<Element>(
           warp.dk[i][2 * half] * params.scale, warp.dk[i][2 * half + 1] * params.scale);
       *reinterpret_cast<uint32_t*>(dynamic_shared() + kKeyBytes + offset) =

@@ -69,12 +69,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const float scale_log2 = params.scale * 1.44269504f;
 
   for (int member = 0; member < params.group; ++member) {
-    const KeyBlock block = key_block<kBlockN>(params);
-    const int head = block.kv_head * params.group + member;
-    const QuerySteps<Traits> queries(given, block, head);
-    if (queries.steps.count() == 0) continue;
-    PhiloxKey seed{0, 0};
-    if constexpr (kDropout) seed = seed_of(params.seed);
+    const QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes> queries(given, member);
+    if (queries.kept().steps.count() == 0) continue;
 
     // A step has two groups of copies: queries with their lse, dout with delta.
     const auto begin_queries = [&](auto bounded, int step) {
@@ -96,14 +92,14 @@ __global__ void __launch_bounds__(Traits::kThreads)
       copy_async_wait<1>();
       block_barrier();
       if (given.dq_turns != nullptr && added_to >= 0 && thread == 0)
-        pass_turn(queries.turn(added_to));
+        pass_turn(queries.turns(added_to));
       float weights[Warp::kKeyTiles][4] = {};
       warp.multiply_keys(weights, shared);
       const Place place;
       const int lane_row = place.row + place.lane / 4;
       const int row = step * kBlockM + lane_row;
-      const int key = block.key + place.key + place.lane % 4 * 2;
-      if constexpr (kMasked) hide(weights, params, block.sequence, row, key);
+      const int key = queries.kept().block.key + place.key + place.lane % 4 * 2;
+      if constexpr (kMasked) hide(weights, params, queries.kept().block.sequence, row, key);
       const float* row_values =
           reinterpret_cast<const float*>(dynamic_shared() + Warp::kRowValues) + lane_row;
       FUSEFORMER_UNROLL
@@ -130,8 +126,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
       warp.multiply_values(dlogits, shared);
       if constexpr (kDropout) {
-        drop_gradients(weights, dlogits, seed, block.batch, head, row, key,
-                       params.dropout_threshold, params.dropout_scale, row_values + kBlockM);
+        drop_gradients(weights, dlogits, queries.kept().seed, queries.kept().block.batch,
+                       queries.kept().head, row, key, params.dropout_threshold,
+                       params.dropout_scale, row_values + kBlockM);
       } else {
         FUSEFORMER_UNROLL
         for (int i = 0; i < Warp::kKeyTiles; ++i) {
@@ -147,8 +144,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       if (next >= 0) begin_queries(Constant<false>(), next);
       warp.add_product(warp.dv, shared + Warp::kProbabilities, shared + Warp::kDout);
       if (given.dq_turns != nullptr && thread == 0) {
-        wait_for_turn(queries.turn(step),
-                      turn_of<kBlockM, kBlockN>(params, block.sequence, block.key, step));
+        wait_for_turn(queries.turns(step), queries.turn(step));
       }
       block_barrier();
       if (next >= 0) begin_dout(Constant<false>(), next);
@@ -169,12 +165,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
       if (given.dq_turns != nullptr) publish();
       added_to = step;
     };
-    const int first = queries.steps.at(0);
+    const int first = queries.kept().steps.at(0);
     begin_queries(Constant<true>(), first);
     begin_dout(Constant<true>(), first);
     queries.for_each(add_step);
     block_barrier();
-    if (given.dq_turns != nullptr && thread == 0) pass_turn(queries.turn(added_to));
+    if (given.dq_turns != nullptr && thread == 0) pass_turn(queries.turns(added_to));
   }
 
   // Rows of dk and dv are gathered where all else has been; nobody reads that any more.

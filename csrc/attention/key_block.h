@@ -4,8 +4,10 @@
 // Their sums leave few registers. What a step does not need is computed again where it is used.
 #pragma once
 
+#include "../device/philox.h"
 #include "../device/tile.h"
 #include "mask.h"
+#include "traits.h"
 #include "workspace.h"
 
 namespace fuseformer {
@@ -40,58 +42,87 @@ FUSEFORMER_DEVICE KeyBlock key_block(const AttentionParams& params) {
   return block;
 }
 
-// The steps of queries of one head that a block of keys takes.
-template <typename Traits>
+// The steps of queries of one head that a block of keys takes. What they have in common is kept in
+// shared memory, at `kPlace`: one thread writes it, a step reads what it needs.
+template <typename Traits, int kPlace>
 struct QuerySteps {
   static constexpr int kBlockM = Traits::kBlockM;
-  const AttentionGradientParams& given;
-  const char* q_rows;
-  const char* dout_rows;
-  int queries;    // of the sequence
-  int work_step;  // the first one of the sequence and head in the workspaces
-  Steps steps;
 
-  FUSEFORMER_DEVICE QuerySteps(const AttentionGradientParams& all, const KeyBlock& block, int head)
-      : given(all) {
+  struct Kept {
+    KeyBlock block;
+    int head;
+    int work_step;  // the first step of the sequence and head in the workspaces
+    const char* q_rows;
+    const char* dout_rows;
+    Steps steps;
+    PhiloxKey seed;  // of dropout
+  };
+  static_assert(sizeof(Kept) <= kKeptBytes && kPlace % alignof(Kept) == 0);
+
+  const AttentionGradientParams& given;
+
+  // Waits for all threads of the block: none may be within a step of another head.
+  FUSEFORMER_DEVICE QuerySteps(const AttentionGradientParams& all, int member) : given(all) {
     const AttentionParams& params = all.forward;
-    q_rows = block.rows_of(params.q, head, block.sequence.first_query);
-    dout_rows = block.rows_of(all.dout, head, block.sequence.first_query);
-    queries = block.sequence.queries;
-    work_step = head * (all.workspace_rows / kBlockM) +
-                workspace_row<kBlockM>(params, block.batch) / kBlockM;
-    steps = query_steps<kBlockM, Traits::kBlockN>(params, block.sequence, block.key);
+    Kept at;
+    at.block = key_block<Traits::kBlockN>(params);
+    const Sequence& sequence = at.block.sequence;
+    at.head = at.block.kv_head * params.group + member;
+    at.work_step = at.head * (all.workspace_rows / kBlockM) +
+                   workspace_row<kBlockM>(params, at.block.batch) / kBlockM;
+    at.q_rows = at.block.rows_of(params.q, at.head, sequence.first_query);
+    at.dout_rows = at.block.rows_of(all.dout, at.head, sequence.first_query);
+    at.steps = query_steps<kBlockM, Traits::kBlockN>(params, sequence, at.block.key);
+    at.seed = params.seed == nullptr ? PhiloxKey{0, 0} : seed_of(params.seed);
+    if (threadIdx.x == 0) *reinterpret_cast<Kept*>(dynamic_shared() + kPlace) = at;
+    block_barrier();
   }
 
-  FUSEFORMER_DEVICE int* turn(int step) const { return given.dq_turns + work_step + step; }
+  FUSEFORMER_DEVICE const Kept& kept() const {
+    return *reinterpret_cast<const Kept*>(dynamic_shared() + kPlace);
+  }
+
+  // What counts the blocks that have added to a step, and how many go before this one.
+  FUSEFORMER_DEVICE int* turns(int step) const { return given.dq_turns + kept().work_step + step; }
+  FUSEFORMER_DEVICE int turn(int step) const {
+    const KeyBlock& block = kept().block;
+    return turn_of<kBlockM, Traits::kBlockN>(given.forward, block.sequence, block.key, step);
+  }
 
   // Where a thread adds to dq of a step: its sums lie a block's number of threads apart.
   FUSEFORMER_DEVICE float* sums(int step) const {
-    return given.dq_sums + int64_t{kBlockM * Traits::kHeadDim} * (work_step + step) + threadIdx.x;
+    return given.dq_sums + int64_t{kBlockM * Traits::kHeadDim} * (kept().work_step + step) +
+           threadIdx.x;
   }
 
   // Begin the copies of a step: rows, of which only the first step may lack some, and the numbers
   // of each row.
   template <bool kBounded>
   FUSEFORMER_DEVICE void begin_queries(SharedAddress rows, SharedAddress lse, int step) const {
-    begin<kBounded>(given.forward.q, q_rows, rows, given.lse_log2, lse, step);
+    begin<kBounded>(given.forward.q, kept().q_rows, rows, given.lse_log2, lse, step);
   }
   template <bool kBounded>
   FUSEFORMER_DEVICE void begin_dout(SharedAddress rows, SharedAddress delta, int step) const {
-    begin<kBounded>(given.dout, dout_rows, rows, given.delta, delta, step);
+    begin<kBounded>(given.dout, kept().dout_rows, rows, given.delta, delta, step);
   }
 
   // Calls `take(masked, step, next)` for each step in its order, `next` being -1 for the last one.
   template <typename Function>
   FUSEFORMER_DEVICE void for_each(Function&& take) const {
-    const int last_full = steps.full_end > steps.full_begin ? steps.full_end - 1 : -1;
-    for (int left = steps.masked(), step = steps.at(0); left > 0; --left) {
-      const int below = step == steps.full_end ? steps.full_begin - 1 : step - 1;
-      const int next = left == 1 ? last_full : below;
+    const auto first_full = [&] {
+      const Steps& steps = kept().steps;
+      return steps.full_end > steps.full_begin ? steps.full_end - 1 : -1;
+    };
+    int step = kept().steps.at(0);
+    for (int left = kept().steps.masked(); left > 0; --left) {
+      const Steps& steps = kept().steps;
+      const int below = (step == steps.full_end ? steps.full_begin : step) - 1;
+      const int next = left == 1 ? first_full() : below;
       take(Constant<true>(), step, next);
       step = next;
     }
-    for (int step = last_full; step >= 0;) {
-      const int next = step > steps.full_begin ? step - 1 : -1;
+    for (step = first_full(); step >= 0;) {
+      const int next = step > kept().steps.full_begin ? step - 1 : -1;
       take(Constant<false>(), step, next);
       step = next;
     }
@@ -107,13 +138,13 @@ struct QuerySteps {
     const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> copy(thread, tensor.row_stride);
     from += 2 * step * kBlockM * tensor.row_stride;
     if constexpr (kBounded) {
-      copy.begin_bounded(rows, from, queries - step * kBlockM);
+      copy.begin_bounded(rows, from, kept().block.sequence.queries - step * kBlockM);
     } else {
       copy.begin(rows, from);
     }
     if (thread < kBlockM / 4) {
       copy_async_16(row_values + thread * 16,
-                    values + int64_t{kBlockM} * (work_step + step) + thread * 4);
+                    values + int64_t{kBlockM} * (kept().work_step + step) + thread * 4);
     }
   }
 };

@@ -40,6 +40,9 @@ struct ForwardConfig<Element, 128> : ForwardTraits<Element, 128, 128, 64, 8, 2> 
 template <typename Element>
 struct ForwardConfig<Element, 256> : ForwardTraits<Element, 256, 64, 64, 4, 1> {};
 
+// Where a block keeps what its steps of one head have in common.
+constexpr int kKeptBytes = 96;
+
 // Backward, a block owns keys and walks over steps of queries. A warp owns sixteen keys, whose dk
 // and dv it holds.
 template <typename Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kStages_>
@@ -55,7 +58,8 @@ struct BackwardTraits {
   static constexpr int kColumnGroups = kWarps / (kBlockM / 16);
   static constexpr int kColumnSteps = kHeadDim / 16 / kColumnGroups;
   static constexpr int kSharedBytes = 2 * kHeadDim * (2 * kBlockN + 2 * kStages * kBlockM) +
-                                      2 * kBlockN * kBlockM + 2 * kStages * kBlockM * 4;
+                                      2 * kBlockN * kBlockM + 2 * kStages * kBlockM * 4 +
+                                      kKeptBytes;
   static_assert(kColumnGroups * (kBlockM / 16) == kWarps &&
                 kColumnSteps * kColumnGroups * 16 == kHeadDim &&
                 (kColumnGroups & (kColumnGroups - 1)) == 0);
@@ -97,7 +101,7 @@ struct WideBackwardTraits {
   static constexpr int kColumnSteps = kHeadDim / 16 / kColumnGroups;
   static constexpr int kSharedBytes = 2 * kHeadDim * (2 * kBlockN + 2 * kBlockM) -
                                       2 * 16 * kKeptSteps * kBlockN + 2 * 2 * kBlockN * kBlockM +
-                                      2 * kBlockM * 4;
+                                      2 * kBlockM * 4 + kKeptBytes;
   static_assert(kColumnGroups * (kBlockM / 16) == kWarps &&
                 kColumnSteps * kColumnGroups * 16 == kHeadDim && 8 * kKeptSteps <= kBlockM);
 };

@@ -62,8 +62,7 @@ class Request:
 
     `shapes` are the sizes of the op's leading tensors, `options` the names of the optional features
     in use, `head_dim` is 0 for ops without heads, `requested` a backend's name or None.
-    `capability` is that of the GPU, 80 for sm_80, and 0 where there is none. `trains` is whether a
-    backward pass will follow.
+    `capability` is that of the GPU, 80 for sm_80, and 0 where there is none.
     """
 
     op: str
@@ -74,7 +73,6 @@ class Request:
     head_dim: int = 0
     requested: str | None = None
     capability: int = 0
-    trains: bool = False
 
 
 def device_capability(index: int | None) -> int:
@@ -150,8 +148,6 @@ def _cuda_refusal(request: Request) -> str | None:
     elif request.head_dim not in cuda_attention.HEAD_DIMS:
         dims = ", ".join(map(str, cuda_attention.HEAD_DIMS))
         return f"the CUDA C++ kernels take head dims {dims}, not {request.head_dim}"
-    elif request.trains and request.head_dim not in cuda_attention.BACKWARD_HEAD_DIMS:
-        return f"the CUDA C++ kernels have no backward pass at head dim {request.head_dim}"
     unsupported = request.options - _CUDA_OPS[request.op]
     if unsupported:
         return f"the CUDA C++ kernels do not take {', '.join(sorted(unsupported))}"
@@ -169,7 +165,7 @@ def _prefers_cuda(request: Request) -> bool:
     """Return whether CUDA C++ goes before Triton where both can serve."""
     # Of feed-forward, head dim 0, Triton has the resident regime and the better product.
     family = request.capability // 10 in _CUDA_FAMILIES
-    return family and request.head_dim in cuda_attention.BACKWARD_HEAD_DIMS
+    return family and request.head_dim in cuda_attention.HEAD_DIMS
 
 
 def choose_backend(request: Request) -> tuple[str, str]:
@@ -321,18 +317,16 @@ def request_for(
     head_dim: int = 0,
     requested: str | None = None,
     dtype: torch.dtype | None = None,
-    trained: tuple[Tensor, ...] = (),
 ) -> Request:
     """Return the request of `op`; `lead` gives the device, and the dtype unless given.
 
-    Its shapes are those of `lead` and `others`; `trained` are more inputs that have a gradient.
+    Its shapes are those of `lead` and `others`.
     """
     shapes = tuple(tuple(int(n) for n in t.shape) for t in (lead, *others))
     if _transformed():
         options = options | {_TRANSFORMED}
     device = lead.device
     capability = device_capability(device.index) if device.type == "cuda" else 0
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (lead, *others, *trained))
     return Request(
         op,
         device.type,
@@ -342,5 +336,4 @@ def request_for(
         head_dim,
         requested,
         capability,
-        trains,
     )
