@@ -104,6 +104,21 @@ struct BackwardWarp {
     }
   }
 
+  // Gives dS to all warps, behind a barrier.
+  FUSEFORMER_DEVICE void store(const uint32_t (&dlogits)[kQueryTiles / 2][4]) {
+    const Place place;
+    const int first =
+        kLogits + place.lane % 4 * 4 + LogitLayout::offset(16 * place.warp + place.lane / 4, 0);
+    FUSEFORMER_UNROLL
+    for (int i = 0; i < kQueryTiles; ++i) {
+      FUSEFORMER_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int offset = (first ^ i % 8 * 16) + 8 * half * LogitLayout::kRowBytes;
+        *reinterpret_cast<uint32_t*>(dynamic_shared() + offset) = dlogits[i / 2][i % 2 * 2 + half];
+      }
+    }
+  }
+
   // dq = dS @ k over all keys of the block, for this warp's rows and columns of the step.
   FUSEFORMER_DEVICE void multiply_keys(float (&dq)[kColumnTiles][4], SharedAddress shared) {
     const Place place;
@@ -172,8 +187,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using Element = typename Traits::Element;
   using Warp = BackwardWarp<Traits>;
   using Place = typename Warp::Place;
+  using Queries = QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes>;
   using Layout = Tile<Traits::kHeadDim>;
-  using LogitLayout = Tile<Traits::kBlockM>;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kKeyBytes = Warp::kKeyBytes, kQueryBytes = Warp::kQueryBytes;
   static_assert(Warp::kQueryTiles <= 8);  // `kept` has 32 bits
@@ -214,8 +229,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const float scale_log2 = params.scale * 1.44269504f;
 
   for (int member = 0; member < params.group; ++member) {
-    const QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes> queries(given, member);
-    if (queries.kept().steps.count() == 0) continue;
+    const Queries queries(given, member);
+    if (queries.kept().steps.count() == 0) break;  // so it is for all heads
 
     const auto begin_copies = [&](auto bounded, int step, int stage) {
       constexpr bool kBounded = decltype(bounded)::value;
@@ -288,27 +303,17 @@ __global__ void __launch_bounds__(Traits::kThreads)
           for (int j = 0; j < 4; ++j) dlogits[i][j] *= weights[i][j];
         }
       }
-      // dS is on its way before the first product: packed it needs half the registers.
       uint32_t weight_operand[Warp::kQueryTiles / 2][4], dlogit_operand[Warp::kQueryTiles / 2][4];
-      const Place storer;
-      const int stored_logits = Warp::kLogits +
-                                LogitLayout::offset(16 * storer.warp + storer.lane / 4, 0) +
-                                storer.lane % 4 * 4;
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kQueryTiles / 2; ++i) {
         as_operand<Element>(weight_operand[i], weights, i);
         as_operand<Element>(dlogit_operand[i], dlogits, i);
       }
-      FUSEFORMER_UNROLL
-      for (int i = 0; i < Warp::kQueryTiles; ++i) {
-        FUSEFORMER_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t offset = (stored_logits ^ i % 8 * 16) + 8 * half * LogitLayout::kRowBytes;
-          *reinterpret_cast<uint32_t*>(dynamic_shared() + offset) =
-              dlogit_operand[i / 2][i % 2 * 2 + half];
-        }
-      }
+      // Packed before the first product dS needs half the registers; behind it its store waits for
+      // nothing.
+      if constexpr (Queries::kShared) warp.store(dlogit_operand);
       warp.add_product(warp.dv, weight_operand, shared + Warp::kDout + stage * kQueryBytes);
+      if constexpr (!Queries::kShared) warp.store(dlogit_operand);
       warp.add_product(warp.dk, dlogit_operand, shared + Warp::kQueries + stage * kQueryBytes);
       if (given.dq_turns != nullptr && thread == 0) {
         wait_for_turn(queries.turns(step), queries.turn(step));

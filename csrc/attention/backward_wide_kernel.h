@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
   for (int member = 0; member < params.group; ++member) {
     const QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes> queries(given, member);
-    if (queries.kept().steps.count() == 0) continue;
+    if (queries.kept().steps.count() == 0) break;  // so it is for all heads
 
     // A step has two groups of copies: queries with their lse, dout with delta.
     const auto begin_queries = [&](auto bounded, int step) {

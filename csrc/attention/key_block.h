@@ -43,7 +43,8 @@ FUSEFORMER_DEVICE KeyBlock key_block(const AttentionParams& params) {
 }
 
 // The steps of queries of one head that a block of keys takes. What they have in common is kept in
-// shared memory, at `kPlace`: one thread writes it, a step reads what it needs.
+// registers or, where the sums leave none, in shared memory at `kPlace`: one thread writes it, a
+// step reads what it needs.
 template <typename Traits, int kPlace>
 struct QuerySteps {
   static constexpr int kBlockM = Traits::kBlockM;
@@ -58,13 +59,14 @@ struct QuerySteps {
     PhiloxKey seed;  // of dropout
   };
   static_assert(sizeof(Kept) <= kKeptBytes && kPlace % alignof(Kept) == 0);
+  static constexpr bool kShared = Traits::kHeadDim * Traits::kBlockM >= 8192;
 
   const AttentionGradientParams& given;
+  Kept at;
 
   // Waits for all threads of the block: none may be within a step of another head.
   FUSEFORMER_DEVICE QuerySteps(const AttentionGradientParams& all, int member) : given(all) {
     const AttentionParams& params = all.forward;
-    Kept at;
     at.block = key_block<Traits::kBlockN>(params);
     const Sequence& sequence = at.block.sequence;
     at.head = at.block.kv_head * params.group + member;
@@ -74,12 +76,15 @@ struct QuerySteps {
     at.dout_rows = at.block.rows_of(all.dout, at.head, sequence.first_query);
     at.steps = query_steps<kBlockM, Traits::kBlockN>(params, sequence, at.block.key);
     at.seed = params.seed == nullptr ? PhiloxKey{0, 0} : seed_of(params.seed);
-    if (threadIdx.x == 0) *reinterpret_cast<Kept*>(dynamic_shared() + kPlace) = at;
-    block_barrier();
+    if constexpr (kShared) {
+      if (threadIdx.x == 0) *reinterpret_cast<Kept*>(dynamic_shared() + kPlace) = at;
+      block_barrier();
+    }
   }
 
   FUSEFORMER_DEVICE const Kept& kept() const {
-    return *reinterpret_cast<const Kept*>(dynamic_shared() + kPlace);
+    if constexpr (kShared) return *reinterpret_cast<const Kept*>(dynamic_shared() + kPlace);
+    return at;
   }
 
   // What counts the blocks that have added to a step, and how many go before this one.
