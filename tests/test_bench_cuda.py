@@ -10,6 +10,16 @@ from bench.cuda_kernels import Kernel, Result, problems
 
 FORWARD = Kernel("forward", 128, "bf16", False)
 BACKWARD = Kernel("backward", 64, "bf16", False)
+WIDE = Kernel("backward", 256, "bf16", False)
+#: Those with the fewest registers to spare.
+CROWDED = [
+    Kernel("backward", 128, "bf16", False),
+    *(
+        Kernel("backward", 256, "bf16", dropout, small)
+        for dropout in (False, True)
+        for small in (False, True)
+    ),
+]
 
 #: What the emulator models of instructions that threads carry out together, or later.
 MODELLED = {
@@ -70,13 +80,19 @@ def test_the_tf32_product_assembles_though_no_kernel_uses_it_yet(tmp_path):
     subprocess.run([*command, "-arch=sm_80", "-cubin", "-o", tmp_path / "tf32.cubin"], check=True)
 
 
-@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD], ids=str)
+@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD, WIDE], ids=str)
 def test_scores_on_sm_80_meet_the_goals_without_spills(kernel):
     result = cuda_kernels.measure(kernel, 80)
     assert not problems({(kernel, 80): result})
     assert result.score is not None
     assert result.edge_score is not None
     assert result.edge_score <= 1.5 * result.score
+
+
+@pytest.mark.parametrize("kernel", CROWDED, ids=str)
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_the_backward_pass_spills_nothing(kernel, architecture):
+    assert cuda_kernels.measure(kernel, architecture).spilled == 0
 
 
 def test_the_product_of_gated_blocks_scores_as_the_plain_one():

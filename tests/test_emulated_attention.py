@@ -37,6 +37,7 @@ SHAPES = (
     ((2, 1), (1, 257), 128),
     ((1, 1), (257, 111), 64),
     ((1, 1), (300, 290), 128),
+    ((2, 1), (113, 150), 256),
 )
 OPTIONS = {
     "causal": ("none", "top_left", "bottom_right"),
@@ -76,6 +77,8 @@ CHECKED = [
     Case((2, 2), (200, 140), 32, FP16, "bottom_right", window=(33, -1)),
     Case((1, 1), (65, 300), 96, BF16, window=(70, 20), key_lengths=(277,)),
     Case((2, 1), (257, 113), 128, BF16, "bottom_right", key_lengths=(0, 100), batch=2),
+    Case((2, 1), (113, 150), 256, FP16, "top_left", 0.1),
+    Case((1, 1), (150, 113), 256, BF16, window=(70, 20), key_lengths=(101,)),
 ]
 
 
@@ -90,7 +93,7 @@ def test_no_access_is_wrong_in_any_order(case, landing, shadow):
 
 
 @pytest.mark.parametrize("architecture", [86, 89, 120])
-@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize("head_dim", [96, 128, 256])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_tiles_for_less_shared_memory(head_dim, architecture, dropout_p, shadow):
     shadow.emulator.set_options(True, 2, "random", "exact", architecture)
@@ -106,6 +109,7 @@ def test_packed_sequences(causal, dropout_p, plain):
     sequences = ((63, 63), (0, 5), (17, 0), (130, 33), (1, 1))
     check_packed(plain, sequences, 64, BF16, causal, dropout_p, 9)
     check_packed(plain, sequences, 32, FP16, causal, dropout_p, 9, window=(20, -1))
+    check_packed(plain, sequences, 256, BF16, causal, dropout_p, 9)
 
 
 def test_packed_sequences_touch_nothing_else(shadow):
@@ -131,7 +135,7 @@ def forward_and_backward(kernels, head_dim, deterministic=True):
     return out, lse, *grads[:3]
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 def test_every_result_repeats_to_the_last_bit_in_any_order(head_dim, plain):
     runs = []
     for seed, landing in ((1, "late"), (2, "random"), (3, "early")):
@@ -141,11 +145,11 @@ def test_every_result_repeats_to_the_last_bit_in_any_order(head_dim, plain):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
-def test_without_turns_the_sums_are_the_same_here_where_blocks_run_in_order(plain):
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_without_turns_the_sums_are_the_same_here_where_blocks_run_in_order(head_dim, plain):
     set_options(plain)
-    for a, b in zip(
-        forward_and_backward(plain, 64), forward_and_backward(plain, 64, False), strict=True
-    ):
+    turns, none = (forward_and_backward(plain, head_dim, given) for given in (True, False))
+    for a, b in zip(turns, none, strict=True):
         assert torch.equal(a, b)
 
 

@@ -8,7 +8,8 @@ from emulator_build import build, build_planted
 
 BF16 = torch.bfloat16
 
-# Head dim 64 alone, which keeps operands in registers: what is planted is compiled for each bug.
+# Head dim 64, which keeps operands in registers, or 256, where warps share it, alone: what is
+# planted is compiled for each bug.
 KERNELS = """
 #include "attention/decode_launch.h"
 #include "attention/launch.h"
@@ -23,7 +24,7 @@ const char* attention_backward<Bfloat16>(const AttentionGradientParams& given, i
 }
 template <>
 int backward_step_rows<Bfloat16>(int) {
-  return BackwardConfig<Bfloat16, 64>::kBlockM;
+  return with_backward_traits<Bfloat16, 64>([](auto traits) { return decltype(traits)::kBlockM; });
 }
 template <>
 int backward_step_rows<Half>(int) {
@@ -48,6 +49,11 @@ WINDOW = Case((1, 1), (200, 300), 64, BF16, window=(40, 20))
 LENGTHS = Case((2, 2), (70, 300), 64, BF16, key_lengths=(150, 0), batch=2)
 DROPOUT = Case((2, 2), (100, 200), 64, BF16, dropout_p=0.2)
 FORWARD, BACKWARD = "attention/forward_kernel.h", "attention/backward_kernel.h"
+WIDE, KEY_BLOCK = "attention/backward_wide_kernel.h", "attention/key_block.h"
+WIDE_WARP = "attention/backward_wide_warp.h"
+WIDE_PLAIN = Case((2, 1), (150, 100), 256, BF16)
+WIDE_CAUSAL = Case((1, 1), (70, 150), 256, BF16, "top_left")
+WIDE_DROPOUT = Case((1, 1), (70, 100), 256, BF16, dropout_p=0.2)
 WRONG, RACE, INFLIGHT, BOUNDS = "exceeds", "race: ", "copy is on its way", "out of bounds"
 UNINITIALISED, CONFLICTS, NAN = "nobody has written", "bank conflicts", "are NaN"
 
@@ -190,8 +196,8 @@ BUGS = {
     ),
     "backward: no barrier before a step": (
         BACKWARD,
-        "      copy_async_wait<0>();\n      block_barrier();\n      if (turns != nullptr && added",
-        "      copy_async_wait<0>();\n      if (turns != nullptr && added",
+        "      copy_async_wait<0>();\n      block_barrier();\n      if (given.dq_turns",
+        "      copy_async_wait<0>();\n      if (given.dq_turns",
         PLAIN,
         INFLIGHT,
     ),
@@ -203,9 +209,9 @@ BUGS = {
         RACE,
     ),
     "backward: half of lse and delta are not copied": (
-        BACKWARD,
-        "if (thread < kBlockM / 2) {",
+        KEY_BLOCK,
         "if (thread < kBlockM / 4) {",
+        "if (thread < kBlockM / 8) {",
         PLAIN,
         UNINITIALISED,
     ),
@@ -218,21 +224,21 @@ BUGS = {
     ),
     "backward: a turn is passed twice": (
         BACKWARD,
-        "thread == 0) pass_turn(turns + added_to);",
-        "thread < 2) pass_turn(turns + added_to);",
+        "thread == 0) pass_turn(queries.turns(added_to));",
+        "thread < 2) pass_turn(queries.turns(added_to));",
         PLAIN,
         "does not come",
     ),
     "backward: no turn is waited for": (
         BACKWARD,
-        "if (turns != nullptr && thread == 0) {",
+        "if (given.dq_turns != nullptr && thread == 0) {",
         "if (false) {",
         PLAIN,
         "not waited for",
     ),
     "backward: the last turn is not passed on": (
         BACKWARD,
-        "    block_barrier();\n    if (turns != nullptr && thread == 0)",
+        "    block_barrier();\n    if (given.dq_turns != nullptr && thread == 0)",
         "    block_barrier();\n    if (false)",
         PLAIN,
         "does not come",
@@ -253,9 +259,149 @@ BUGS = {
     ),
     "backward: dq is added by the columns of another warp": (
         BACKWARD,
-        "in_row_order(k_tile, lane, warp_index / Warp::kRowTiles)",
-        "in_row_order(k_tile, lane)",
+        "in_row_order(shared, place.lane, place.warp / kRowTiles)",
+        "in_row_order(shared, place.lane)",
         PLAIN,
+        WRONG,
+    ),
+    "wide: no barrier before a step": (
+        WIDE,
+        "      copy_async_wait<1>();\n      block_barrier();\n",
+        "      copy_async_wait<1>();\n",
+        WIDE_PLAIN,
+        INFLIGHT,
+    ),
+    "wide: the queries of a step are not waited for": (
+        WIDE,
+        "copy_async_wait<1>();",
+        "copy_async_wait<2>();",
+        WIDE_PLAIN,
+        INFLIGHT,
+    ),
+    "wide: dout is not waited for": (
+        WIDE,
+        "copy_async_wait<0>();\n      block_barrier();\n      // Without",
+        "copy_async_wait<1>();\n      block_barrier();\n      // Without",
+        WIDE_PLAIN,
+        INFLIGHT,
+    ),
+    "wide: no barrier before dout is read": (
+        WIDE,
+        "      block_barrier();\n      // Without",
+        "      // Without",
+        WIDE_PLAIN,
+        INFLIGHT,
+    ),
+    "wide: no barrier before probabilities and dS are read": (
+        WIDE,
+        "      block_barrier();\n      warp.add_product(warp.dk",
+        "      warp.add_product(warp.dk",
+        WIDE_PLAIN,
+        RACE,
+    ),
+    "wide: queries are overwritten before all have read them": (
+        WIDE,
+        "      block_barrier();\n      if (next >= 0) begin_queries",
+        "      if (next >= 0) begin_queries",
+        WIDE_PLAIN,
+        RACE,
+    ),
+    "wide: dout is overwritten before all have read it": (
+        WIDE,
+        "      block_barrier();\n      if (next >= 0) begin_dout",
+        "      if (next >= 0) begin_dout",
+        WIDE_PLAIN,
+        RACE,
+    ),
+    "wide: the next head begins before all have left this one": (
+        WIDE,
+        "    block_barrier();\n    if (given.dq_turns",
+        "    if (given.dq_turns",
+        WIDE_PLAIN,
+        RACE,
+    ),
+    "wide: no barrier before what steps have in common is read": (
+        KEY_BLOCK,
+        "at;\n      block_barrier();\n",
+        "at;\n",
+        WIDE_PLAIN,
+        RACE,
+    ),
+    "wide: a block that nobody sees does not wait for its keys": (
+        WIDE,
+        "  copy_async_wait<0>();\n  block_barrier();\n  const Place",
+        "  const Place",
+        WIDE_CAUSAL,
+        INFLIGHT,
+    ),
+    "wide: no barrier before rows of dk and dv are written": (
+        WIDE,
+        "  block_barrier();\n  write_key_gradients",
+        "  write_key_gradients",
+        WIDE_PLAIN,
+        RACE,
+    ),
+    "wide: columns of a fragment are exchanged": (
+        WIDE_WARP,
+        "(sums[2 * pair], a, b[0], b[1]);",
+        "(sums[2 * pair], a, b[2], b[3]);",
+        WIDE_PLAIN,
+        WRONG,
+    ),
+    "wide: queries past the last are read": (
+        KEY_BLOCK,
+        "if constexpr (kBounded) {",
+        "if constexpr (false) {",
+        WIDE_PLAIN,
+        BOUNDS,
+    ),
+    "wide: keys past the last are written": (
+        KEY_BLOCK,
+        "if (block.key + row < block.sequence.keys) {",
+        "if (true) {",
+        WIDE_PLAIN,
+        BOUNDS,
+    ),
+    "wide: the mask is one key off": (
+        WIDE,
+        "kept().block.sequence, row, key)",
+        "kept().block.sequence, row, key + 1)",
+        WIDE_CAUSAL,
+        WRONG,
+    ),
+    "wide: dq is summed without atomics": (
+        WIDE,
+        "atomic_add(sums + index * Traits::kThreads, dq[i][j]);",
+        "sums[index * Traits::kThreads] += dq[i][j];",
+        WIDE_PLAIN,
+        RACE,
+    ),
+    "wide: no turn is waited for": (
+        WIDE,
+        "if (given.dq_turns != nullptr && thread == 0) {",
+        "if (false) {",
+        WIDE_PLAIN,
+        "not waited for",
+    ),
+    "wide: dropout takes the words of other keys": (
+        WIDE_WARP,
+        "words[(i + 2) % 4] : words[i];",
+        "words[(i + 2) % 4] : words[(i + 1) % 4];",
+        WIDE_DROPOUT,
+        WRONG,
+    ),
+    "wide: small: no barrier before the kept values are read": (
+        WIDE,
+        "      copy_async_wait<0>();\n      block_barrier();\n      const Place",
+        "      copy_async_wait<0>();\n      const Place",
+        WIDE_PLAIN,
+        INFLIGHT,
+    ),
+    "wide: small: other columns of values are kept": (
+        WIDE,
+        "v_rows + 2 * kReadColumns",
+        "v_rows",
+        WIDE_PLAIN,
         WRONG,
     ),
     "the lse has other units": (
@@ -268,9 +414,10 @@ BUGS = {
 }
 
 
-def planted(folder, file="attention/mask.h", correct="", wrong=""):
+def planted(folder, file="attention/mask.h", correct="", wrong="", head_dim=64):
     """Return the kernels with a text replaced in one file, every access being checked."""
-    return Kernels(build_planted(build, KERNELS, folder, file, correct, wrong))
+    unit = KERNELS.replace("Bfloat16, 64", f"Bfloat16, {head_dim}")
+    return Kernels(build_planted(build, unit, folder, file, correct, wrong))
 
 
 def run(kernels, case):
@@ -283,15 +430,22 @@ def run(kernels, case):
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name, tmp_path):
     file, correct, wrong, case, how = BUGS[name]
-    kernels = planted(tmp_path, file, correct, wrong)
+    kernels = planted(tmp_path, file, correct, wrong, case.head_dim)
+    if "small" in name:
+        kernels.emulator.set_options(True, 1, "late", "exact", 86)
     with pytest.raises(AssertionError) as caught:
         run(kernels, case)
     assert how in str(caught.value)
     assert isinstance(caught.value, EmulatorError) == (how not in (WRONG, CONFLICTS, NAN))
 
 
-def test_the_copy_without_a_bug_passes(tmp_path):
+@pytest.mark.parametrize(
+    "cases", [(PLAIN, CAUSAL, WINDOW, LENGTHS, DROPOUT), (WIDE_PLAIN, WIDE_CAUSAL, WIDE_DROPOUT)]
+)
+@pytest.mark.parametrize("architecture", [80, 86])
+def test_the_copy_without_a_bug_passes(cases, architecture, tmp_path):
     """Else the tests above would pass for any reason at all."""
-    kernels = planted(tmp_path)
-    for case in (PLAIN, CAUSAL, WINDOW, LENGTHS, DROPOUT):
+    kernels = planted(tmp_path, head_dim=cases[0].head_dim)
+    kernels.emulator.set_options(True, 1, "late", "exact", architecture)
+    for case in cases:
         run(kernels, case)

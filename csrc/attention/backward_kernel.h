@@ -11,10 +11,8 @@
 
 #include "../device/atomic.h"
 #include "../device/philox.h"
-#include "../device/tile.h"
-#include "mask.h"
+#include "key_block.h"
 #include "traits.h"
-#include "workspace.h"
 
 namespace fuseformer {
 
@@ -32,23 +30,44 @@ struct BackwardWarp {
   using Addresses = LaneAddresses<Traits::kHeadDim>;
   using LogitAddresses = LaneAddresses<Traits::kBlockM>;
 
+  // Offsets in the shared memory: keys, values, kStages tiles of queries, as many of dout, dS, and
+  // kStages of lse and of delta.
+  using Layout = Tile<Traits::kHeadDim>;
+  using LogitLayout = Tile<Traits::kBlockM>;
+  static constexpr int kKeyBytes = Traits::kBlockN * Layout::kRowBytes;
+  static constexpr int kQueryBytes = Traits::kBlockM * Layout::kRowBytes;
+  static constexpr int kQueries = 2 * kKeyBytes;
+  static constexpr int kDout = kQueries + Traits::kStages * kQueryBytes;
+  static constexpr int kLogits = kDout + Traits::kStages * kQueryBytes;
+  static constexpr int kRowValues = kLogits + Traits::kBlockN * LogitLayout::kRowBytes;
+
   float dk[kHeadTiles][4];
   float dv[kHeadTiles][4];
   uint32_t k[kKeepOperands ? kHeadSteps : 1][4];
   uint32_t v[kKeepOperands ? kHeadSteps : 1][4];
-  // Tiles of one shape lie a fixed number of bytes apart: one set of addresses serves them all.
-  Addresses k_rows;        // operand A of the logits, and of dP
-  Addresses q_columns;     // operand B of the logits, and of dP
-  Addresses q_rows;        // operand B of dk, and of dv
-  Addresses key_rows;      // operand B of dq: all keys of the block
-  LogitAddresses logits;   // operand A of dq
-  uint32_t stored_logits;  // offset in the shared memory of the lane's first ones
+  // What follows from the number of the thread. It is computed where it is used: the sums leave no
+  // registers to keep it in.
+  struct Place {
+    int lane;
+    int warp;
 
-  // products = a @ b.T, a being the warp's keys or values, b the queries or dout of a step: offsets
-  // of their tiles from those of the keys and of the first queries.
+    FUSEFORMER_DEVICE Place() {
+      uint32_t thread = threadIdx.x;
+      compute_again(thread);
+      lane = thread % 32;
+      warp = thread / 32 % Traits::kWarps;
+    }
+  };
+
+  // products = a @ b.T, a being the warp's keys or values, kept or in `a_tile`, b the queries or
+  // dout of a step.
   FUSEFORMER_DEVICE void multiply_transposed(
       float (&products)[kQueryTiles][4], const uint32_t (&kept)[kKeepOperands ? kHeadSteps : 1][4],
-      int kept_offset, int offset) {
+      SharedAddress a_tile, SharedAddress b_tile) {
+    const Place place;
+    const auto a_rows =
+        Addresses::in_row_order(a_tile + 16 * place.warp * Layout::kRowBytes, place.lane);
+    const auto b_columns = Addresses::in_column_order(b_tile, place.lane);
     FUSEFORMER_UNROLL
     for (int step = 0; step < kHeadSteps; ++step) {
       uint32_t a[4];
@@ -56,12 +75,12 @@ struct BackwardWarp {
         FUSEFORMER_UNROLL
         for (int i = 0; i < 4; ++i) a[i] = kept[step][i];
       } else {
-        ldmatrix_x4(a, k_rows.at(0, step) + kept_offset);
+        ldmatrix_x4(a, a_rows.at(0, step));
       }
       FUSEFORMER_UNROLL
       for (int pair = 0; pair < kQueryTiles / 2; ++pair) {
         uint32_t b[4];
-        ldmatrix_x4(b, q_columns.at(pair, step) + offset);
+        ldmatrix_x4(b, b_columns.at(pair, step));
         mma_16x8x16<Element>(products[2 * pair], a, b[0], b[1]);
         mma_16x8x16<Element>(products[2 * pair + 1], a, b[2], b[3]);
       }
@@ -70,30 +89,42 @@ struct BackwardWarp {
 
   // sums += a @ b, a being sixteen keys by the queries of a step, packed as operands.
   FUSEFORMER_DEVICE void add_product(float (&sums)[kHeadTiles][4],
-                                     const uint32_t (&a)[kQueryTiles / 2][4], int offset) {
+                                     const uint32_t (&a)[kQueryTiles / 2][4],
+                                     SharedAddress b_tile) {
+    const auto b_rows = Addresses::in_row_order(b_tile, Place().lane);
     FUSEFORMER_UNROLL
     for (int step = 0; step < kQueryTiles / 2; ++step) {
       FUSEFORMER_UNROLL
       for (int pair = 0; pair < kHeadTiles / 2; ++pair) {
         uint32_t b[4];
-        ldmatrix_x4_transposed(b, q_rows.at(step, pair) + offset);
+        ldmatrix_x4_transposed(b, b_rows.at(step, pair));
         mma_16x8x16<Element>(sums[2 * pair], a[step], b[0], b[1]);
         mma_16x8x16<Element>(sums[2 * pair + 1], a[step], b[2], b[3]);
       }
     }
   }
 
-  FUSEFORMER_DEVICE void compute_addresses_again() {
-    k_rows.compute_phases_again();
-    q_columns.compute_phases_again();
-    q_rows.compute_phases_again();
-    key_rows.compute_phases_again();
-    logits.compute_phases_again();
-    compute_again(stored_logits);
+  // Gives dS to all warps, behind a barrier.
+  FUSEFORMER_DEVICE void store(const uint32_t (&dlogits)[kQueryTiles / 2][4]) {
+    const Place place;
+    const int first =
+        kLogits + place.lane % 4 * 4 + LogitLayout::offset(16 * place.warp + place.lane / 4, 0);
+    FUSEFORMER_UNROLL
+    for (int i = 0; i < kQueryTiles; ++i) {
+      FUSEFORMER_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int offset = (first ^ i % 8 * 16) + 8 * half * LogitLayout::kRowBytes;
+        *reinterpret_cast<uint32_t*>(dynamic_shared() + offset) = dlogits[i / 2][i % 2 * 2 + half];
+      }
+    }
   }
 
   // dq = dS @ k over all keys of the block, for this warp's rows and columns of the step.
-  FUSEFORMER_DEVICE void multiply_keys(float (&dq)[kColumnTiles][4]) {
+  FUSEFORMER_DEVICE void multiply_keys(float (&dq)[kColumnTiles][4], SharedAddress shared) {
+    const Place place;
+    const auto key_rows = Addresses::in_row_order(shared, place.lane, place.warp / kRowTiles);
+    const auto logits =
+        LogitAddresses::in_column_order(shared + kLogits, place.lane, place.warp % kRowTiles);
     FUSEFORMER_UNROLL
     for (int step = 0; step < Traits::kBlockN / 16; ++step) {
       uint32_t a[4];
@@ -155,49 +186,18 @@ __global__ void __launch_bounds__(Traits::kThreads)
     attention_backward_kernel(const AttentionGradientParams given) {
   using Element = typename Traits::Element;
   using Warp = BackwardWarp<Traits>;
+  using Place = typename Warp::Place;
+  using Queries = QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes>;
   using Layout = Tile<Traits::kHeadDim>;
-  using LogitLayout = Tile<Traits::kBlockM>;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
-  constexpr int kKeyBytes = kBlockN * Layout::kRowBytes;
-  constexpr int kQueryBytes = kBlockM * Layout::kRowBytes;
-  constexpr int kDoutOffset = Traits::kStages * kQueryBytes;  // from the queries to dout
-  static_assert(Warp::kQueryTiles <= 8);                      // `kept` has 32 bits
+  constexpr int kKeyBytes = Warp::kKeyBytes, kQueryBytes = Warp::kQueryBytes;
+  static_assert(Warp::kQueryTiles <= 8);  // `kept` has 32 bits
 
   const AttentionParams& params = given.forward;
-  const int blocks = (params.keys + kBlockN - 1) / kBlockN;
-  const int kv_heads = params.heads / params.group;
-  const int batch = blockIdx.x / (blocks * kv_heads);
-  const int kv_head = blockIdx.x / blocks % kv_heads;
-  const int block_key = static_cast<int>(blockIdx.x) % blocks * kBlockN;
-  const Sequence sequence = sequence_of(params, batch);
-  if (block_key >= sequence.keys) return;
-
-  const int thread = threadIdx.x, lane = thread % 32, warp_index = thread / 32;
-  const int warp_key = block_key + 16 * warp_index, lane_key = warp_key + lane / 4;
-  const int lane_row = lane % 4 * 2;
-  const auto rows_of = [&](const HeadTensor& tensor, int head, int first_row) {
-    return static_cast<char*>(tensor.data) +
-           2 * (batch * tensor.batch_stride + head * tensor.head_stride +
-                first_row * tensor.row_stride);
-  };
-  const SharedAddress k_tile = shared_address(dynamic_shared());
-  const SharedAddress v_tile = k_tile + kKeyBytes;
-  const SharedAddress q_tile = v_tile + kKeyBytes;
-  const SharedAddress dout_tile = q_tile + Traits::kStages * kQueryBytes;
-  const SharedAddress logit_tile = dout_tile + Traits::kStages * kQueryBytes;
-  constexpr int kLogitOffset = 2 * kKeyBytes + 2 * Traits::kStages * kQueryBytes;
-  constexpr int kRowOffset = kLogitOffset + kBlockN * LogitLayout::kRowBytes;
-  const SharedAddress row_tile = logit_tile + kBlockN * LogitLayout::kRowBytes;
-
+  if (const KeyBlock block = key_block<kBlockN>(params); block.key >= block.sequence.keys) return;
+  const int thread = threadIdx.x;
+  const SharedAddress shared = shared_address(dynamic_shared());
   Warp warp;
-  const int warp_bytes = 16 * warp_index * Layout::kRowBytes;
-  warp.k_rows = Warp::Addresses::in_row_order(k_tile + warp_bytes, lane);
-  warp.q_columns = Warp::Addresses::in_column_order(q_tile, lane);
-  warp.q_rows = Warp::Addresses::in_row_order(q_tile, lane);
-  warp.key_rows = Warp::Addresses::in_row_order(k_tile, lane, warp_index / Warp::kRowTiles);
-  warp.logits =
-      Warp::LogitAddresses::in_column_order(logit_tile, lane, warp_index % Warp::kRowTiles);
-  warp.stored_logits = kLogitOffset + LogitLayout::offset(lane_key - block_key, 0) + 2 * lane_row;
   FUSEFORMER_UNROLL
   for (int i = 0; i < Warp::kHeadTiles; ++i) {
     FUSEFORMER_UNROLL
@@ -205,79 +205,65 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
 
   {
+    const KeyBlock block = key_block<kBlockN>(params);
     const TileCopy<Traits::kHeadDim, kBlockN, Traits::kThreads> k_copy(thread, params.k.row_stride);
     const TileCopy<Traits::kHeadDim, kBlockN, Traits::kThreads> v_copy(thread, params.v.row_stride);
-    const int exist = sequence.key_end - block_key;
-    const int first = sequence.first_key + block_key;
-    k_copy.begin_bounded(k_tile, rows_of(params.k, kv_head, first), exist);
-    v_copy.begin_bounded(v_tile, rows_of(params.v, kv_head, first), exist);
+    const int exist = block.sequence.key_end - block.key;
+    const int first = block.sequence.first_key + block.key;
+    k_copy.begin_bounded(shared, block.rows_of(params.k, block.kv_head, first), exist);
+    v_copy.begin_bounded(shared + kKeyBytes, block.rows_of(params.v, block.kv_head, first), exist);
     copy_async_commit();
     if constexpr (Warp::kKeepOperands) {
       copy_async_wait<0>();
       block_barrier();
+      const Place place;
+      const auto k_rows =
+          Warp::Addresses::in_row_order(shared + 16 * place.warp * Layout::kRowBytes, place.lane);
       FUSEFORMER_UNROLL
       for (int step = 0; step < Warp::kHeadSteps; ++step) {
-        ldmatrix_x4(warp.k[step], warp.k_rows.at(0, step));
-        ldmatrix_x4(warp.v[step], warp.k_rows.at(0, step) + kKeyBytes);
+        ldmatrix_x4(warp.k[step], k_rows.at(0, step));
+        ldmatrix_x4(warp.v[step], k_rows.at(0, step) + kKeyBytes);
       }
     }
   }
-  PhiloxKey seed{0, 0};
-  if constexpr (kDropout) {
-    const uint64_t value = static_cast<uint64_t>(*params.seed);
-    seed = {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
-  }
   const float scale_log2 = params.scale * 1.44269504f;
-  const Steps steps = query_steps<kBlockM, kBlockN>(params, sequence, block_key);
-  const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> q_copy(thread, params.q.row_stride);
-  const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> dout_copy(thread,
-                                                                        given.dout.row_stride);
 
   for (int member = 0; member < params.group; ++member) {
-    const int head = kv_head * params.group + member;
-    const char* q_rows = rows_of(params.q, head, sequence.first_query);
-    const char* dout_rows = rows_of(given.dout, head, sequence.first_query);
-    const int64_t work_row =
-        static_cast<int64_t>(head) * given.workspace_rows + workspace_row<kBlockM>(params, batch);
-    int* const turns = given.dq_turns == nullptr ? nullptr : given.dq_turns + work_row / kBlockM;
+    const Queries queries(given, member);
+    if (queries.kept().steps.count() == 0) break;  // so it is for all heads
 
-    // Copies of a step: queries, dout, and kBlockM numbers of lse and delta.
     const auto begin_copies = [&](auto bounded, int step, int stage) {
-      const int row = step * kBlockM;
-      const char* q_from = q_rows + 2 * row * params.q.row_stride;
-      const char* dout_from = dout_rows + 2 * row * given.dout.row_stride;
-      if constexpr (decltype(bounded)::value) {
-        q_copy.begin_bounded(q_tile + stage * kQueryBytes, q_from, sequence.queries - row);
-        dout_copy.begin_bounded(dout_tile + stage * kQueryBytes, dout_from, sequence.queries - row);
-      } else {
-        q_copy.begin(q_tile + stage * kQueryBytes, q_from);
-        dout_copy.begin(dout_tile + stage * kQueryBytes, dout_from);
-      }
-      if (thread < kBlockM / 2) {
-        const float* from = thread < kBlockM / 4 ? given.lse_log2 : given.delta;
-        copy_async_16(row_tile + (stage * kBlockM / 2 + thread) * 16,
-                      from + work_row + row + thread % (kBlockM / 4) * 4);
-      }
+      constexpr bool kBounded = decltype(bounded)::value;
+      const SharedAddress lse = shared + Warp::kRowValues + 8 * stage * kBlockM;
+      queries.template begin_queries<kBounded>(shared + Warp::kQueries + stage * kQueryBytes, lse,
+                                               step);
+      queries.template begin_dout<kBounded>(shared + Warp::kDout + stage * kQueryBytes,
+                                            lse + 4 * kBlockM, step);
       copy_async_commit();
     };
 
     int stage = 0, added_to = -1;
-    const auto add_step = [&](auto masked, int index, int step, int next) {
+    const auto add_step = [&](auto masked, int step, int next) {
       constexpr bool kMasked = decltype(masked)::value;
       // Everyone has left the last step, and this step's copies are in.
       copy_async_wait<0>();
       block_barrier();
-      if (turns != nullptr && added_to >= 0 && thread == 0) pass_turn(turns + added_to);
+      if (given.dq_turns != nullptr && added_to >= 0 && thread == 0)
+        pass_turn(queries.turns(added_to));
       if constexpr (Traits::kStages == 2) {
-        if (index + 1 < steps.count()) begin_copies(Constant<false>(), next, stage ^ 1);
+        if (next >= 0) begin_copies(Constant<false>(), next, stage ^ 1);
       }
-      warp.compute_addresses_again();
       float weights[Warp::kQueryTiles][4] = {};
-      warp.multiply_transposed(weights, warp.k, 0, stage * kQueryBytes);
-      const int row = step * kBlockM + lane_row;
-      if constexpr (kMasked) hide_transposed(weights, params, sequence, row, lane_key);
-      const float* row_values = reinterpret_cast<const float*>(dynamic_shared() + kRowOffset) +
-                                stage * 2 * kBlockM + lane_row;
+      warp.multiply_transposed(weights, warp.k, shared,
+                               shared + Warp::kQueries + stage * kQueryBytes);
+      const Place place;
+      const int lane_row = place.lane % 4 * 2, lane_key = 16 * place.warp + place.lane / 4;
+      const int row = step * kBlockM + lane_row, key = queries.kept().block.key + lane_key;
+      if constexpr (kMasked)
+        hide_transposed(weights, params, queries.kept().block.sequence, row, key);
+      const float* row_values =
+          reinterpret_cast<const float*>(dynamic_shared() + Warp::kRowValues) +
+          stage * 2 * kBlockM + lane_row;
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kQueryTiles; ++i) {
         FUSEFORMER_UNROLL
@@ -294,10 +280,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
           dlogits[i][j] = kDropout ? 0.0f : -row_values[kBlockM + 8 * i + j % 2];
         }
       }
-      warp.multiply_transposed(dlogits, warp.v, kKeyBytes, kDoutOffset + stage * kQueryBytes);
+      warp.multiply_transposed(dlogits, warp.v, shared + kKeyBytes,
+                               shared + Warp::kDout + stage * kQueryBytes);
       if constexpr (kDropout) {
-        const uint32_t kept = kept_transposed<Warp::kQueryTiles>(seed, batch, head, row, lane_key,
-                                                                 params.dropout_threshold);
+        const uint32_t kept = kept_transposed<Warp::kQueryTiles>(
+            queries.kept().seed, queries.kept().block.batch, queries.kept().head, row, key,
+            params.dropout_threshold);
         FUSEFORMER_UNROLL
         for (int i = 0; i < Warp::kQueryTiles; ++i) {
           FUSEFORMER_UNROLL
@@ -315,83 +303,62 @@ __global__ void __launch_bounds__(Traits::kThreads)
           for (int j = 0; j < 4; ++j) dlogits[i][j] *= weights[i][j];
         }
       }
-      uint32_t operand[Warp::kQueryTiles / 2][4];
+      uint32_t weight_operand[Warp::kQueryTiles / 2][4], dlogit_operand[Warp::kQueryTiles / 2][4];
       FUSEFORMER_UNROLL
-      for (int i = 0; i < Warp::kQueryTiles / 2; ++i) as_operand<Element>(operand[i], weights, i);
-      warp.add_product(warp.dv, operand, kDoutOffset + stage * kQueryBytes);
-      FUSEFORMER_UNROLL
-      for (int i = 0; i < Warp::kQueryTiles / 2; ++i) as_operand<Element>(operand[i], dlogits, i);
-      FUSEFORMER_UNROLL
-      for (int i = 0; i < Warp::kQueryTiles; ++i) {
-        FUSEFORMER_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t offset =
-              (warp.stored_logits ^ i % 8 * 16) + 8 * half * LogitLayout::kRowBytes;
-          *reinterpret_cast<uint32_t*>(dynamic_shared() + offset) =
-              operand[i / 2][i % 2 * 2 + half];
-        }
+      for (int i = 0; i < Warp::kQueryTiles / 2; ++i) {
+        as_operand<Element>(weight_operand[i], weights, i);
+        as_operand<Element>(dlogit_operand[i], dlogits, i);
       }
-      warp.add_product(warp.dk, operand, stage * kQueryBytes);
-      if (turns != nullptr && thread == 0) {
-        wait_for_turn(turns + step, turn_of<kBlockM, kBlockN>(params, sequence, block_key, step));
+      // Packed before the first product dS needs half the registers; behind it its store waits for
+      // nothing.
+      if constexpr (Queries::kShared) warp.store(dlogit_operand);
+      warp.add_product(warp.dv, weight_operand, shared + Warp::kDout + stage * kQueryBytes);
+      if constexpr (!Queries::kShared) warp.store(dlogit_operand);
+      warp.add_product(warp.dk, dlogit_operand, shared + Warp::kQueries + stage * kQueryBytes);
+      if (given.dq_turns != nullptr && thread == 0) {
+        wait_for_turn(queries.turns(step), queries.turn(step));
       }
       block_barrier();
       if constexpr (Traits::kStages == 1) {
-        if (index + 1 < steps.count()) begin_copies(Constant<false>(), next, 0);
+        if (next >= 0) begin_copies(Constant<false>(), next, 0);
       }
       float dq[Warp::kColumnTiles][4] = {};
-      warp.multiply_keys(dq);
-      float* sums = given.dq_sums + (work_row + step * kBlockM) * Traits::kHeadDim + thread;
+      warp.multiply_keys(dq, shared);
+      float* sums = queries.sums(step);
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kColumnTiles; ++i) {
         FUSEFORMER_UNROLL
         for (int j = 0; j < 4; ++j) atomic_add(sums + (4 * i + j) * Traits::kThreads, dq[i][j]);
       }
-      if (turns != nullptr) publish();
+      if (given.dq_turns != nullptr) publish();
       added_to = step;
       if constexpr (Traits::kStages == 2) stage ^= 1;
     };
-    if (steps.count() == 0) continue;
-    begin_copies(Constant<true>(), steps.at(0), 0);
-    int index = 0;
-    for (; index < steps.masked(); ++index) {
-      add_step(Constant<true>(), index, steps.at(index), steps.at(index + 1));
-    }
-    for (int step = steps.at(index); index < steps.count(); ++index, --step) {
-      add_step(Constant<false>(), index, step, step - 1);
-    }
+    begin_copies(Constant<true>(), queries.kept().steps.at(0), 0);
+    queries.for_each(add_step);
     block_barrier();
-    if (turns != nullptr && thread == 0) pass_turn(turns + added_to);
+    if (given.dq_turns != nullptr && thread == 0) pass_turn(queries.turns(added_to));
   }
 
-  // Each warp writes its rows where its keys and values have been; nobody reads those any more.
+  // Rows of dk and dv are gathered where keys and values have been; nobody reads those any more.
   copy_async_wait<0>();
   block_barrier();
+  const Place place;
   const float dv_scale = kDropout ? params.dropout_scale : 1.0f;
   FUSEFORMER_UNROLL
   for (int i = 0; i < Warp::kHeadTiles; ++i) {
     FUSEFORMER_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int offset = Layout::offset(lane_key - block_key + 8 * half, i) + 2 * lane_row;
+      const int offset =
+          Layout::offset(16 * place.warp + place.lane / 4 + 8 * half, i) + place.lane % 4 * 4;
       *reinterpret_cast<uint32_t*>(dynamic_shared() + offset) = pack<Element>(
           warp.dk[i][2 * half] * params.scale, warp.dk[i][2 * half + 1] * params.scale);
       *reinterpret_cast<uint32_t*>(dynamic_shared() + kKeyBytes + offset) =
           pack<Element>(warp.dv[i][2 * half] * dv_scale, warp.dv[i][2 * half + 1] * dv_scale);
     }
   }
-  warp_barrier();
-  char* dk_rows = rows_of(given.dk, kv_head, sequence.first_key);
-  char* dv_rows = rows_of(given.dv, kv_head, sequence.first_key);
-  for (int chunk = lane; chunk < 16 * Layout::kChunks; chunk += 32) {
-    const int row = 16 * warp_index + chunk / Layout::kChunks, column = chunk % Layout::kChunks;
-    const int64_t key = block_key + row;
-    if (key < sequence.keys) {
-      const int offset = Layout::offset(row, column);
-      copy_16(dk_rows + 2 * key * given.dk.row_stride + 16 * column, dynamic_shared() + offset);
-      copy_16(dv_rows + 2 * key * given.dv.row_stride + 16 * column,
-              dynamic_shared() + kKeyBytes + offset);
-    }
-  }
+  block_barrier();
+  write_key_gradients<Traits>(given, kKeyBytes);
 }
 
 }  // namespace fuseformer

@@ -82,27 +82,6 @@ struct ForwardWarp {
   }
 };
 
-// Hides what the rows of a warp do not see; `row` and `key` are the lane's first ones.
-template <int kRowTiles, int kKeyTiles>
-FUSEFORMER_DEVICE void hide(float (&products)[kRowTiles][kKeyTiles][4],
-                            const AttentionParams& params, const Sequence& sequence, int row,
-                            int key) {
-  FUSEFORMER_UNROLL
-  for (int tile = 0; tile < kRowTiles; ++tile) {
-    FUSEFORMER_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const VisibleKeys visible(params, sequence, row + 16 * tile + 8 * half);
-      FUSEFORMER_UNROLL
-      for (int i = 0; i < kKeyTiles; ++i) {
-        FUSEFORMER_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          if (!visible.holds(key + 8 * i + j)) products[tile][i][2 * half + j] = kMinusInfinity;
-        }
-      }
-    }
-  }
-}
-
 // Sets weights that dropout does not keep to 0. `row` and `key` are the lane's first ones.
 template <int kRowTiles, int kKeyTiles>
 FUSEFORMER_DEVICE void drop(float (&weights)[kRowTiles][kKeyTiles][4], PhiloxKey seed, int batch,
@@ -192,10 +171,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
   warp.softmax.clear();
   PhiloxKey seed{0, 0};
-  if constexpr (kDropout) {
-    const uint64_t value = static_cast<uint64_t>(*params.seed);
-    seed = {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
-  }
+  if constexpr (kDropout) seed = seed_of(params.seed);
   const float scale_log2 = params.scale * 1.44269504f;
   if constexpr (Warp::kKeepQueries) {
     copy_async_wait<0>();
@@ -242,7 +218,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
     }
     const int key = step * kBlockN + lane_key;
-    if constexpr (kMasked) hide(weights, params, sequence, lane_row, key);
+    if constexpr (kMasked) {
+      FUSEFORMER_UNROLL
+      for (int tile = 0; tile < Warp::kRowTiles; ++tile) {
+        hide(weights[tile], params, sequence, lane_row + 16 * tile, key);
+      }
+    }
     warp.softmax.template take<kMasked>(weights, warp.out, scale_log2);
     if constexpr (kDropout) {
       drop(weights, seed, batch, head, lane_row, key, params.dropout_threshold);

@@ -3,6 +3,7 @@
 
 #include "../device/launch.h"
 #include "backward_kernel.h"
+#include "backward_wide_kernel.h"
 #include "entry.h"
 #include "forward_kernel.h"
 #include "row_kernels.h"
@@ -17,6 +18,24 @@ const char* launch_forward(const AttentionParams& params, Stream stream) {
                        stream, params);
 }
 
+// The kernel that traits of the backward pass are for.
+template <typename Element, int kHeadDim, int kBlockM, int kBlockN, int kStages>
+constexpr bool is_wide(BackwardTraits<Element, kHeadDim, kBlockM, kBlockN, kStages>) {
+  return false;
+}
+template <typename Element, int kHeadDim, int kBlockM, int kBlockN, int kKeptSteps>
+constexpr bool is_wide(WideBackwardTraits<Element, kHeadDim, kBlockM, kBlockN, kKeptSteps>) {
+  return true;
+}
+template <typename Traits, bool kDropout>
+auto* backward_kernel() {
+  if constexpr (is_wide(Traits())) {
+    return attention_backward_wide_kernel<Traits, kDropout>;
+  } else {
+    return attention_backward_kernel<Traits, kDropout>;
+  }
+}
+
 template <typename Traits, bool kDropout>
 const char* launch_backward(const AttentionGradientParams& given, Stream stream) {
   const AttentionParams& params = given.forward;
@@ -26,7 +45,7 @@ const char* launch_backward(const AttentionGradientParams& given, Stream stream)
       launch_kernel(attention_delta_kernel<Traits>, steps * params.heads * params.batch,
                     kRowThreads, 0, stream, given);
   if (failure == nullptr) {
-    failure = launch_kernel(attention_backward_kernel<Traits, kDropout>,
+    failure = launch_kernel(backward_kernel<Traits, kDropout>(),
                             blocks * (params.heads / params.group) * params.batch, Traits::kThreads,
                             Traits::kSharedBytes, stream, given);
   }
@@ -98,6 +117,8 @@ int backward_step_rows(int head_dim) {
       return with_backward_traits<Element, 96>(rows);
     case 128:
       return with_backward_traits<Element, 128>(rows);
+    case 256:
+      return with_backward_traits<Element, 256>(rows);
     default:
       return 0;
   }
@@ -114,6 +135,8 @@ const char* attention_backward(const AttentionGradientParams& given, int head_di
       return backward_of<Element, 96>(given, stream);
     case 128:
       return backward_of<Element, 128>(given, stream);
+    case 256:
+      return backward_of<Element, 256>(given, stream);
     default:
       return "no backward kernel of this head dim";
   }

@@ -110,4 +110,21 @@ struct VisibleKeys {
   FUSEFORMER_DEVICE bool holds(int key) const { return key >= begin && key < end; }
 };
 
+// Hides what sixteen rows do not see; `row` and `key` are the lane's first ones.
+template <int kKeyTiles>
+FUSEFORMER_DEVICE void hide(float (&products)[kKeyTiles][4], const AttentionParams& params,
+                            const Sequence& sequence, int row, int key) {
+  FUSEFORMER_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const VisibleKeys visible(params, sequence, row + 8 * half);
+    FUSEFORMER_UNROLL
+    for (int i = 0; i < kKeyTiles; ++i) {
+      FUSEFORMER_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        if (!visible.holds(key + 8 * i + j)) products[i][2 * half + j] = kMinusInfinity;
+      }
+    }
+  }
+}
+
 }  // namespace fuseformer

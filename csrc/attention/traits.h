@@ -40,6 +40,9 @@ struct ForwardConfig<Element, 128> : ForwardTraits<Element, 128, 128, 64, 8, 2> 
 template <typename Element>
 struct ForwardConfig<Element, 256> : ForwardTraits<Element, 256, 64, 64, 4, 1> {};
 
+// Where a block keeps what its steps of one head have in common.
+constexpr int kKeptBytes = 96;
+
 // Backward, a block owns keys and walks over steps of queries. A warp owns sixteen keys, whose dk
 // and dv it holds.
 template <typename Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kStages_>
@@ -55,7 +58,8 @@ struct BackwardTraits {
   static constexpr int kColumnGroups = kWarps / (kBlockM / 16);
   static constexpr int kColumnSteps = kHeadDim / 16 / kColumnGroups;
   static constexpr int kSharedBytes = 2 * kHeadDim * (2 * kBlockN + 2 * kStages * kBlockM) +
-                                      2 * kBlockN * kBlockM + 2 * kStages * kBlockM * 4;
+                                      2 * kBlockN * kBlockM + 2 * kStages * kBlockM * 4 +
+                                      kKeptBytes;
   static_assert(kColumnGroups * (kBlockM / 16) == kWarps &&
                 kColumnSteps * kColumnGroups * 16 == kHeadDim &&
                 (kColumnGroups & (kColumnGroups - 1)) == 0);
@@ -79,6 +83,32 @@ template <typename Element>
 struct SmallBackwardConfig<Element, 96> : BackwardTraits<Element, 96, 64, 64, 2> {};
 template <typename Element>
 struct SmallBackwardConfig<Element, 128> : BackwardTraits<Element, 128, 32, 128, 1> {};
+
+// The same where warps share the head dim. Of the values, the last kKeptSteps sixteens of columns
+// stay in registers: their place in shared memory is needed.
+template <typename Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kKeptSteps_>
+struct WideBackwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = kBlockM_;  // queries of a step
+  static constexpr int kBlockN = kBlockN_;  // keys of a block
+  static constexpr int kKeptSteps = kKeptSteps_;
+  static constexpr int kWarps = 8;
+  static constexpr int kStages = 1;
+  static constexpr int kThreads = 32 * kWarps;
+  // Warps that share sixteen queries: they divide their keys, and the columns of dq.
+  static constexpr int kColumnGroups = kWarps / (kBlockM / 16);
+  static constexpr int kColumnSteps = kHeadDim / 16 / kColumnGroups;
+  static constexpr int kSharedBytes = 2 * kHeadDim * (2 * kBlockN + 2 * kBlockM) -
+                                      2 * 16 * kKeptSteps * kBlockN + 2 * 2 * kBlockN * kBlockM +
+                                      2 * kBlockM * 4 + kKeptBytes;
+  static_assert(kColumnGroups * (kBlockM / 16) == kWarps &&
+                kColumnSteps * kColumnGroups * 16 == kHeadDim && 8 * kKeptSteps <= kBlockM);
+};
+template <typename Element>
+struct BackwardConfig<Element, 256> : WideBackwardTraits<Element, 256, 64, 64, 0> {};
+template <typename Element>
+struct SmallBackwardConfig<Element, 256> : WideBackwardTraits<Element, 256, 32, 64, 4> {};
 
 // Decoding, a warp takes sixteen keys of a step for sixteen rows: heads that share keys, times new
 // tokens.

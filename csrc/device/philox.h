@@ -13,6 +13,11 @@ struct PhiloxKey {
   uint32_t high;
 };
 
+FUSEFORMER_DEVICE PhiloxKey seed_of(const int64_t* seed) {
+  const uint64_t value = static_cast<uint64_t>(*seed);
+  return {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
+}
+
 // Four words, the result of ten rounds on the counter (c0, c1, c2, c3).
 FUSEFORMER_DEVICE void philox(uint32_t (&words)[4], PhiloxKey key, uint32_t c0, uint32_t c1,
                               uint32_t c2, uint32_t c3) {

@@ -76,8 +76,10 @@ struct LaneAddresses {
 template <int kColumns, int kRows, int kThreads>
 struct TileCopy {
   using Layout = Tile<kColumns>;
-  // Neighbouring threads copy neighbouring chunks of a row.
-  static constexpr int kAcross = (Layout::kChunks & (Layout::kChunks - 1)) ? 4 : Layout::kChunks;
+  // Neighbouring threads copy neighbouring chunks of a row: all of them, or as many as the swizzle
+  // exchanges among each other.
+  static constexpr bool kPower = (Layout::kChunks & (Layout::kChunks - 1)) == 0;
+  static constexpr int kAcross = kPower ? Layout::kChunks : Layout::kWhole ? 8 : 4;
   static constexpr int kRowsAtOnce = kThreads / kAcross;
   static constexpr int kPasses = kRows / kRowsAtOnce;
   static_assert(kPasses * kRowsAtOnce == kRows && Layout::kChunks % kAcross == 0);

@@ -5,11 +5,6 @@
 
 namespace fuseformer {
 
-FUSEFORMER_DEVICE PhiloxKey seed_of(const int64_t* seed) {
-  const uint64_t value = static_cast<uint64_t>(*seed);
-  return {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
-}
-
 // Whether dropout keeps one hidden unit of a token. Neighbours of its patch have words of their
 // own: where many units are decided, `drop_units` is for less.
 FUSEFORMER_DEVICE bool keeps_unit(PhiloxKey seed, int row, int unit, uint32_t threshold) {

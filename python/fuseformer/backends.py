@@ -158,8 +158,6 @@ def _cuda_refusal(request: Request) -> str | None:
     elif request.head_dim not in cuda_attention.HEAD_DIMS:
         dims = ", ".join(map(str, cuda_attention.HEAD_DIMS))
         return f"the CUDA C++ kernels take head dims {dims}, not {request.head_dim}"
-    elif request.trains and request.head_dim not in cuda_attention.BACKWARD_HEAD_DIMS:
-        return f"the CUDA C++ kernels have no backward pass at head dim {request.head_dim}"
     unsupported = request.options - _CUDA_OPS[request.op]
     if unsupported:
         return f"the CUDA C++ kernels do not take {', '.join(sorted(unsupported))}"
@@ -185,8 +183,6 @@ def _why_triton_first(request: Request) -> str | None:
             return "its kernel keeps hidden activations of narrow blocks out of memory"
         widest = _MAX_GATED_WIDTH if request.trains else _MAX_GATED_INFERENCE_WIDTH
         return _why_the_vendor_first(width, widest)
-    if request.head_dim not in cuda_attention.BACKWARD_HEAD_DIMS:
-        return f"CUDA C++ has no backward pass at head dim {request.head_dim}"
     return None
 
 

@@ -15,9 +15,8 @@ from . import library
 
 #: Options of attention that the kernels have; dropout, causal masks and lengths are not named.
 OPTIONS = frozenset({"window"})
-#: Head dims with a forward kernel, and those with a backward kernel too.
+#: Head dims with a forward and a backward kernel.
 HEAD_DIMS = (32, 64, 96, 128, 256)
-BACKWARD_HEAD_DIMS = (32, 64, 96, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 
 _deterministic = True

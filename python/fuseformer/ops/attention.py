@@ -354,7 +354,6 @@ def attention(
         head_dim=q.shape[-1],
         requested=requested_backend(backend),
         dtype=autocast_dtype(q),
-        trained=(v,),
     )
     name, _ = choose_backend(request)
     seed_tensor = checks.dropout_seed(seed, p, q)

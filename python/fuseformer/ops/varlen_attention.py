@@ -295,7 +295,6 @@ def varlen_attention(
         head_dim=q.shape[-1],
         requested=requested_backend(backend),
         dtype=dtype,
-        trained=(v,),
     )
     name, _ = choose_backend(request)
     seed_tensor = checks.dropout_seed(seed, p, q)

@@ -1,0 +1,176 @@
+// What the backward kernels share: the block of keys that a block owns, its steps over queries, and
+// how dk and dv leave it.
+//
+// Their sums leave few registers. What a step does not need is computed again where it is used.
+#pragma once
+
+#include "../device/philox.h"
+#include "../device/tile.h"
+#include "mask.h"
+#include "traits.h"
+#include "workspace.h"
+
+namespace fuseformer {
+
+struct KeyBlock {
+  int batch;
+  int kv_head;
+  int key;  // the first one, in its sequence
+  Sequence sequence;
+
+  // Row `first_row` of a tensor for `head`.
+  FUSEFORMER_DEVICE char* rows_of(const HeadTensor& tensor, int head, int first_row) const {
+    return static_cast<char*>(tensor.data) +
+           2 * (batch * tensor.batch_stride + head * tensor.head_stride +
+                first_row * tensor.row_stride);
+  }
+};
+
+// Of a grid of (key blocks * key heads * batch,), key blocks fastest.
+template <int kBlockN>
+FUSEFORMER_DEVICE KeyBlock key_block(const AttentionParams& params) {
+  uint32_t index = blockIdx.x, keys = params.keys, heads = params.heads;
+  compute_again(index);
+  compute_again(keys);
+  compute_again(heads);
+  const uint32_t blocks = (keys + kBlockN - 1) / kBlockN, kv_heads = heads / params.group;
+  KeyBlock block;
+  block.batch = index / (blocks * kv_heads);
+  block.kv_head = index / blocks % kv_heads;
+  block.key = index % blocks * kBlockN;
+  block.sequence = sequence_of(params, block.batch);
+  return block;
+}
+
+// The steps of queries of one head that a block of keys takes. What they have in common is kept in
+// registers or, where the sums leave none, in shared memory at `kPlace`: one thread writes it, a
+// step reads what it needs.
+template <typename Traits, int kPlace>
+struct QuerySteps {
+  static constexpr int kBlockM = Traits::kBlockM;
+
+  struct Kept {
+    KeyBlock block;
+    int head;
+    int work_step;  // the first step of the sequence and head in the workspaces
+    const char* q_rows;
+    const char* dout_rows;
+    Steps steps;
+    PhiloxKey seed;  // of dropout
+  };
+  static_assert(sizeof(Kept) <= kKeptBytes && kPlace % alignof(Kept) == 0);
+  static constexpr bool kShared = Traits::kHeadDim * Traits::kBlockM >= 8192;
+
+  const AttentionGradientParams& given;
+  Kept at;
+
+  // Waits for all threads of the block: none may be within a step of another head.
+  FUSEFORMER_DEVICE QuerySteps(const AttentionGradientParams& all, int member) : given(all) {
+    const AttentionParams& params = all.forward;
+    at.block = key_block<Traits::kBlockN>(params);
+    const Sequence& sequence = at.block.sequence;
+    at.head = at.block.kv_head * params.group + member;
+    at.work_step = at.head * (all.workspace_rows / kBlockM) +
+                   workspace_row<kBlockM>(params, at.block.batch) / kBlockM;
+    at.q_rows = at.block.rows_of(params.q, at.head, sequence.first_query);
+    at.dout_rows = at.block.rows_of(all.dout, at.head, sequence.first_query);
+    at.steps = query_steps<kBlockM, Traits::kBlockN>(params, sequence, at.block.key);
+    at.seed = params.seed == nullptr ? PhiloxKey{0, 0} : seed_of(params.seed);
+    if constexpr (kShared) {
+      if (threadIdx.x == 0) *reinterpret_cast<Kept*>(dynamic_shared() + kPlace) = at;
+      block_barrier();
+    }
+  }
+
+  FUSEFORMER_DEVICE const Kept& kept() const {
+    if constexpr (kShared) return *reinterpret_cast<const Kept*>(dynamic_shared() + kPlace);
+    return at;
+  }
+
+  // What counts the blocks that have added to a step, and how many go before this one.
+  FUSEFORMER_DEVICE int* turns(int step) const { return given.dq_turns + kept().work_step + step; }
+  FUSEFORMER_DEVICE int turn(int step) const {
+    const KeyBlock& block = kept().block;
+    return turn_of<kBlockM, Traits::kBlockN>(given.forward, block.sequence, block.key, step);
+  }
+
+  // Where a thread adds to dq of a step: its sums lie a block's number of threads apart.
+  FUSEFORMER_DEVICE float* sums(int step) const {
+    return given.dq_sums + int64_t{kBlockM * Traits::kHeadDim} * (kept().work_step + step) +
+           threadIdx.x;
+  }
+
+  // Begin the copies of a step: rows, of which only the first step may lack some, and the numbers
+  // of each row.
+  template <bool kBounded>
+  FUSEFORMER_DEVICE void begin_queries(SharedAddress rows, SharedAddress lse, int step) const {
+    begin<kBounded>(given.forward.q, kept().q_rows, rows, given.lse_log2, lse, step);
+  }
+  template <bool kBounded>
+  FUSEFORMER_DEVICE void begin_dout(SharedAddress rows, SharedAddress delta, int step) const {
+    begin<kBounded>(given.dout, kept().dout_rows, rows, given.delta, delta, step);
+  }
+
+  // Calls `take(masked, step, next)` for each step in its order, `next` being -1 for the last one.
+  template <typename Function>
+  FUSEFORMER_DEVICE void for_each(Function&& take) const {
+    const auto first_full = [&] {
+      const Steps& steps = kept().steps;
+      return steps.full_end > steps.full_begin ? steps.full_end - 1 : -1;
+    };
+    int step = kept().steps.at(0);
+    for (int left = kept().steps.masked(); left > 0; --left) {
+      const Steps& steps = kept().steps;
+      const int below = (step == steps.full_end ? steps.full_begin : step) - 1;
+      const int next = left == 1 ? first_full() : below;
+      take(Constant<true>(), step, next);
+      step = next;
+    }
+    for (step = first_full(); step >= 0;) {
+      const int next = step > kept().steps.full_begin ? step - 1 : -1;
+      take(Constant<false>(), step, next);
+      step = next;
+    }
+  }
+
+ private:
+  template <bool kBounded>
+  FUSEFORMER_DEVICE void begin(const HeadTensor& tensor, const char* from, SharedAddress rows,
+                               const float* values, SharedAddress row_values, int step) const {
+    uint32_t thread = threadIdx.x;
+    compute_again(thread);
+    thread %= Traits::kThreads;
+    const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> copy(thread, tensor.row_stride);
+    from += 2 * step * kBlockM * tensor.row_stride;
+    if constexpr (kBounded) {
+      copy.begin_bounded(rows, from, kept().block.sequence.queries - step * kBlockM);
+    } else {
+      copy.begin(rows, from);
+    }
+    if (thread < kBlockM / 4) {
+      copy_async_16(row_values + thread * 16,
+                    values + int64_t{kBlockM} * (kept().work_step + step) + thread * 4);
+    }
+  }
+};
+
+// Writes dk and dv, which lie in shared memory as keys do, dv `dv_offset` bytes behind dk.
+template <typename Traits>
+FUSEFORMER_DEVICE void write_key_gradients(const AttentionGradientParams& given, int dv_offset) {
+  using Layout = Tile<Traits::kHeadDim>;
+  const KeyBlock block = key_block<Traits::kBlockN>(given.forward);
+  const int first = block.sequence.first_key + block.key;
+  char* dk_rows = block.rows_of(given.dk, block.kv_head, first);
+  char* dv_rows = block.rows_of(given.dv, block.kv_head, first);
+  for (int chunk = threadIdx.x; chunk < Traits::kBlockN * Layout::kChunks;
+       chunk += Traits::kThreads) {
+    const int row = chunk / Layout::kChunks, column = chunk % Layout::kChunks;
+    if (block.key + row < block.sequence.keys) {
+      const unsigned char* from = dynamic_shared() + Layout::offset(row, column);
+      copy_16(dk_rows + 2 * row * given.dk.row_stride + 16 * column, from);
+      copy_16(dv_rows + 2 * row * given.dv.row_stride + 16 * column, from + dv_offset);
+    }
+  }
+}
+
+}  // namespace fuseformer
