@@ -40,9 +40,12 @@ PASSES = {
     ("gated gradient", False): (0,),
     ("few-rows", False): (1, 2),
     ("few-rows output", False): (1,),
+    ("decode", False): (32, 64, 96, 128, 256),
 }
 #: Passes that are bound by memory: what a score says of the loop does not matter.
-UNSCORED = ("gated gradient", "few-rows", "few-rows output")
+UNSCORED = ("gated gradient", "few-rows", "few-rows output", "decode")
+#: Passes that have no dropout, or where it is no constant of the kernel.
+WITHOUT_DROPOUT = ("few-rows", "few-rows output", "decode")
 ELEMENTS = {"bf16": "Bfloat16", "fp16": "Half"}
 #: Scores on sm_80 in bf16 without dropout: at most these. A backward pass has five products. The
 #: feed-forward block has the activation relu: others are bound by their arithmetic.
@@ -116,6 +119,10 @@ class Kernel:
             return self._source(
                 "feed_forward/gated_gradient_kernel.h", kernel, "GatedGradientParams"
             )
+        if self.which == "decode":
+            traits = f"DecodeTraits<{ELEMENTS[self.dtype]}, {self.head_dim}>"
+            kernel = f"attention_decode_kernel<{traits}>"
+            return self._source("attention/decode_kernel.h", kernel, "DecodeParams")
         if self.which.startswith("few-rows"):
             traits = f"FewRowsTraits<{ELEMENTS[self.dtype]}, {self.head_dim}>"
             part = "output" if "output" in self.which else "hidden"
@@ -214,7 +221,7 @@ def kernels(dtypes: list[str]) -> list[Kernel]:
         Kernel(which, dim, dtype, dropout, small)
         for (which, small), dims in PASSES.items()
         for dim, dtype, dropout in itertools.product(dims, dtypes, (False, True))
-        if not (dropout and which.startswith("few-rows"))  # it is no constant there
+        if not (dropout and which in WITHOUT_DROPOUT)
     ]
 
 

@@ -24,10 +24,12 @@ CUDA_SOURCES = (
     "library.cpp",
     "attention/attention.cpp",
     "attention/decode.cpp",
+    "attention/library.cpp",
     "feed_forward/backward.cpp",
     "feed_forward/feed_forward.cpp",
     "feed_forward/few_rows.cpp",
     "feed_forward/gated.cpp",
+    "feed_forward/library.cpp",
     "feed_forward/linear.cpp",
 )
 KERNEL_SOURCES = tuple(
