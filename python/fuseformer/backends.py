@@ -15,6 +15,7 @@ from .cuda import attention as cuda_attention
 from .cuda import decode as cuda_decode
 from .cuda import feed_forward as cuda_feed_forward
 from .cuda import library
+from .preferences import why_triton_first
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _TRITON_OPS = (
@@ -36,15 +37,6 @@ _CUDA_OPS = {
     "feed_forward": frozenset(),
     "gated_feed_forward": frozenset(),
 }
-# GPUs on which `mma.sync` is the way to the tensor cores; newer data-centre ones have wgmma and
-# tcgen05, which Triton uses.
-_CUDA_FAMILIES = (8, 12)
-# Up to this width Triton computes a whole feed-forward block in one kernel.
-_MAX_RESIDENT_WIDTH = 256
-# Widest input for which a product of our own, whose epilogue saves a pass over its result, is taken
-# before the vendor's, which is some 8 % faster: for a plain block, for a gated one that saves its
-# products, and for one that saves none and more of that pass.
-_MAX_WIDTH, _MAX_GATED_WIDTH, _MAX_GATED_INFERENCE_WIDTH = 1024, 2048, 4096
 # A row of the Triton norms stays in the registers of one program.
 _MAX_NORM_WIDTH = 8192
 # The first with bfloat16 and asynchronous copies, and the oldest that kernels are compiled for.
@@ -171,52 +163,6 @@ def _cuda_refusal(request: Request) -> str | None:
     return library.refusal(request.capability)
 
 
-def _why_triton_first(request: Request) -> str | None:
-    """Return why Triton goes before CUDA C++ where both can serve, or None where it does not."""
-    if request.capability // 10 not in _CUDA_FAMILIES:
-        return "it uses the tensor-core instructions that only these GPUs have"
-    if request.op == "feed_forward":
-        return _why_triton_feeds_first(request)
-    if request.op == "gated_feed_forward":
-        width, out = _widths(request)
-        if max(width, out) <= _MAX_RESIDENT_WIDTH:
-            return "its kernel keeps hidden activations of narrow blocks out of memory"
-        widest = _MAX_GATED_WIDTH if request.trains else _MAX_GATED_INFERENCE_WIDTH
-        return _why_the_vendor_first(width, widest)
-    return None
-
-
-def _why_triton_feeds_first(request: Request) -> str | None:
-    """Return the same for plain feed-forward blocks: by the scores of both, see the README."""
-    width, out = _widths(request)
-    resident = width == out and width in cuda_feed_forward.RESIDENT_WIDTHS
-    if resident and request.trains:
-        return None
-    if request.activation in (None, "relu"):
-        return "its kernels score better with ReLU"
-    if max(width, out) > _MAX_RESIDENT_WIDTH:
-        return _why_the_vendor_first(width, _MAX_WIDTH)
-    if not resident:
-        return "it has one kernel for both products of every width up to 256"
-    if request.activation == "silu" and width == 128:
-        return "its kernel scores better with SiLU at this width"
-    return None
-
-
-def _why_the_vendor_first(width: int, widest: int) -> str | None:
-    """Return why the vendor's products, which Triton's kernels go between, are taken, or None."""
-    if width <= widest:
-        return None
-    return (
-        f"at more than {widest} columns the vendor's products outweigh the pass that CUDA C++ saves"
-    )
-
-
-def _widths(request: Request) -> tuple[int, int]:
-    """Return the widths of the input and the output of a feed-forward block."""
-    return (request.shapes[0][-1], request.shapes[2][0]) if len(request.shapes) > 2 else (0, 0)
-
-
 def choose_backend(request: Request) -> tuple[str, str]:
     """Return the backend that serves `request` and the reason, as a sentence.
 
@@ -242,7 +188,7 @@ def choose_backend(request: Request) -> tuple[str, str]:
         return "reference", f"plain PyTorch, because {reason}"
     cuda, triton = refusal("cuda", request), refusal("triton", request)
     gpu = f"sm_{request.capability}"
-    why = _why_triton_first(request)
+    why = why_triton_first(request)
     if cuda is None and why is None:
         return "cuda", f"CUDA C++ goes before Triton on {gpu}"
     if triton is None:
