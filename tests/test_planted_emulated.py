@@ -395,7 +395,7 @@ BUGS = {
         "      copy_async_wait<0>();\n      block_barrier();\n      const Place",
         "      copy_async_wait<0>();\n      const Place",
         WIDE_PLAIN,
-        INFLIGHT,
+        RACE,
     ),
     "wide: small: other columns of values are kept": (
         WIDE,
