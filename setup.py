@@ -56,7 +56,7 @@ class BuildPython(build_py):
         super().run()
         if TOOLS.mode == "none":
             editable = self.editable_mode
-            record(Path("python" if editable else self.build_lib) / "fuseformer", TOOLS, [])
+            record(Path("python" if editable else self.build_lib) / "fuseformer", TOOLS, {})
 
     def get_outputs(self, include_bytecode=True):
         """Name the record among what is installed."""

@@ -125,8 +125,8 @@ class Library:
             *("-Xfatbin=-compress-all", "-Xptxas", "-v"),
         ]
 
-    def build(self, target: Path) -> list[dict]:
-        """Write the library, and return what was made of each kernel.
+    def build(self, target: Path) -> dict[str, list[dict]]:
+        """Write the library, and return what was made of its kernels, as `record` writes it.
 
         Raises `SystemExit`, having shown what the compiler said.
         """
@@ -139,7 +139,8 @@ class Library:
         with ThreadPoolExecutor(jobs()) as pool:
             made = list(pool.map(lambda item: self._compiled(*item), work))
         self._link(target, [path for path, _ in made])
-        return [row for _, log in made for row in resources(log)]
+        logs = "".join(log for _, log in made)
+        return {"kernels": resources(logs), "spills": spills(logs)}
 
     def _without_places(self, command: list) -> list[str]:
         """Return a command that is the same wherever the sources, torch, CUDA and Python lie."""
@@ -213,7 +214,20 @@ def resources(log: str) -> list[dict]:
     return found
 
 
-def record(folder: Path, tools: Toolchain, kernels: list[dict]) -> None:
+def spills(log: str) -> list[dict]:
+    """Return the kernels, of any kind, whose registers did not suffice, by their linker's names."""
+    pattern = (
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?"
+        r"\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    )
+    return [
+        {"kernel": name, "architecture": int(arch), "bytes": max(int(stores), int(loads))}
+        for name, arch, stores, loads in re.findall(pattern, log, re.DOTALL)
+        if int(stores) or int(loads)
+    ]
+
+
+def record(folder: Path, tools: Toolchain, made: dict[str, list[dict]]) -> None:
     """Write what was built beside the package."""
     folder.mkdir(parents=True, exist_ok=True)
     built = {
@@ -223,6 +237,5 @@ def record(folder: Path, tools: Toolchain, kernels: list[dict]) -> None:
         "cuda": tools.cuda,
         "torch": tools.torch_version or None,
         "compiler": tools.cxx_version or None,
-        "kernels": kernels,
-    }
+    } | made
     (folder / "_build.json").write_text(json.dumps(built, indent=1) + "\n")

@@ -151,8 +151,8 @@ def test_the_record_and_the_tables(installation):
     assert built["architectures"] == ["80"]
     text = python(installation, "import fuseformer.cli as c; c.main(['info', '--kernels', '80'])")
     rows = text.splitlines()[1:]
-    # Two dtypes, with and without dropout, of eleven tiles; decoding has no dropout.
-    assert len(rows) == 4 * 11 + 2 * 5
+    # Two dtypes, with and without dropout, of thirteen tiles; decoding has no dropout.
+    assert len(rows) == 4 * 13 + 2 * 5
     row = next(r for r in rows if r.startswith("forward bf16 128 ")).split()
     assert row[3] == "128x64"
     assert row[4] == "256"
@@ -176,6 +176,12 @@ def test_the_record_and_the_tables(installation):
         installation, "from fuseformer import _host; print(_host.architectures())"
     )
     assert import_alone.strip() == "80"
+
+
+def test_registers_are_spilled_with_dropout_alone_and_little(installation):
+    spills = json.loads((installation / "fuseformer/_build.json").read_text())["spills"]
+    assert all("Lb1E" in spill["kernel"] for spill in spills)
+    assert max(spill["bytes"] for spill in spills) <= 48
 
 
 def test_a_build_beside_the_sources_leaves_its_record_there(installation, tmp_path):

@@ -18,11 +18,11 @@ def build() -> dict[str, Any]:
     "mode" is "none", "cpu" or "cuda", "refused" says why no mode with more was taken,
     "architectures" names the GPU architectures compiled, "cuda" the version of the toolkit, "torch"
     that of the headers, "compiler" the C++ compiler, "kernels" has registers and stack bytes of
-    each kernel.
+    each attention kernel, "spills" the kernels whose registers did not suffice.
     """
     file = _FOLDER / "_build.json"
-    found: dict[str, Any] = {"mode": "none", "refused": [], "architectures": [], "kernels": []}
-    found |= {"cuda": None, "torch": None, "compiler": None}
+    found: dict[str, Any] = {"mode": "none", "refused": [], "architectures": []}
+    found |= {"cuda": None, "torch": None, "compiler": None, "kernels": [], "spills": []}
     return found | json.loads(file.read_text()) if file.exists() else found
 
 

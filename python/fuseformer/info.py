@@ -70,7 +70,8 @@ def survey() -> dict[str, Any]:
     The reasons are those for attention in bfloat16 at head dim 64, None where a backend can run.
     Everything in it can be written as JSON.
     """
-    build = {name: value for name, value in extension.build().items() if name != "kernels"}
+    kernels = ("kernels", "spills")
+    build = {name: value for name, value in extension.build().items() if name not in kernels}
     return {
         "fuseformer": __version__,
         "python": platform.python_version(),
