@@ -202,7 +202,8 @@ def resources(log: str) -> list[dict]:
         if kernel and config:
             found.append(
                 {
-                    "kernel": kernel[1] + (" small" if "SmallBackward" in name else ""),
+                    "kernel": kernel[1].removesuffix("_wide")
+                    + (" small" if "SmallBackward" in name else ""),
                     "dtype": {"Bfloat16": "bf16", "Half": "fp16"}[config[2]],
                     "head_dim": int(config[3]),
                     "dropout": name.count("Lb1E") > 0,
