@@ -243,8 +243,8 @@ BUGS = {
     ),
     "the last line of sums is left out": (
         GRADIENT,
-        "other < kLines; ++other",
-        "other < kLines - 1; ++other",
+        "other < kGradientLines; ++other",
+        "other < kGradientLines - 1; ++other",
         WHOLE,
         WRONG,
     ),
