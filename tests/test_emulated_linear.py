@@ -221,9 +221,9 @@ BUGS = {
         WRONG,
     ),
     "the mask of the gradient is another": (
-        "feed_forward/dropout.h",
-        "row / 8 % 2",
-        "row / 4 % 2",
+        GRADIENT,
+        "is_kept(word, half,",
+        "is_kept(word, 1 - half,",
         TANH,
         WRONG,
     ),
