@@ -222,7 +222,7 @@ def spills(log: str) -> list[dict]:
         r"\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     )
     return [
-        {"kernel": name, "architecture": int(arch), "bytes": max(int(stores), int(loads))}
+        {"kernel": name, "architecture": int(arch), "bytes": int(stores)}
         for name, arch, stores, loads in re.findall(pattern, log, re.DOTALL)
         if int(stores) or int(loads)
     ]
