@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -173,21 +174,19 @@ class Library:
         return target, log.read_text()
 
     def _link(self, target: Path, objects: list[Path]) -> None:
-        # The library only has to say that it needs libtorch, which is loaded by then.
-        stub = CACHE / "stub"
-        stub.mkdir(exist_ok=True)
-        (stub / "empty.cpp").write_text("")
-        soname = "-Wl,-soname,libtorch.so"
-        shared = [*self.tools.cxx, "-shared"]
-        run("linking", [*shared, soname, stub / "empty.cpp", "-o", stub / "libtorch.so"])
-        command = [*shared, *objects, f"-L{stub}", "-Wl,--no-as-needed", "-ltorch"]
-        command += ["-Wl,--as-needed"]
-        if self.tools.cuda_home is not None:
-            command += [f"-L{cuda_libraries(self.tools.cuda_home)}", "-lcudart_static"]
-            command += ["-ldl", "-lrt", "-lpthread"]
-        command += ["-Wl,--exclude-libs,ALL", "-s"]
         target.parent.mkdir(parents=True, exist_ok=True)
-        run("linking", [*command, "-o", target])
+        shared = [*self.tools.cxx, "-shared"]
+        with tempfile.TemporaryDirectory() as folder:
+            # The library only has to say that it needs libtorch, which is loaded by then.
+            empty, stub = Path(folder) / "empty.cpp", Path(folder) / "libtorch.so"
+            empty.touch()
+            run("linking", [*shared, "-Wl,-soname,libtorch.so", empty, "-o", stub])
+            command = [*shared, *objects, f"-L{folder}", "-Wl,--no-as-needed", "-ltorch"]
+            command += ["-Wl,--as-needed"]
+            if self.tools.cuda_home is not None:
+                command += [f"-L{cuda_libraries(self.tools.cuda_home)}", "-lcudart_static"]
+                command += ["-ldl", "-lrt", "-lpthread"]
+            run("linking", [*command, "-Wl,--exclude-libs,ALL", "-s", "-o", target])
 
 
 def resources(log: str) -> list[dict]:
