@@ -21,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+# Where a build is started without its backend, as by ``python setup.py``, nobody has done this.
 sys.path.insert(0, str(ROOT / "build_tools"))
 
 import toolchain  # noqa: E402

@@ -6,7 +6,7 @@ nothing is asked for: a mode that nobody named takes what there is.
 """
 
 import toolchain
-from setuptools.build_meta import *  # noqa: F403
+from setuptools.build_meta import *  # noqa: F403 - the other hooks are setuptools' own
 from setuptools.build_meta import get_requires_for_build_editable as _for_editable
 from setuptools.build_meta import get_requires_for_build_wheel as _for_wheel
 
