@@ -22,6 +22,16 @@ using fuseformer::view;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
+// What all ops up to the hidden activation end with.
+template <typename Arguments>
+void give_activation(Arguments& a, const std::optional<Tensor>& seed, const std::string& activation,
+                     int64_t dropout_threshold, double dropout_scale) {
+  a.seed = view("seed", seed);
+  a.activation = activation;
+  a.dropout_threshold = dropout_threshold;
+  a.dropout_scale = dropout_scale;
+}
+
 void feed_forward_forward(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
                           const Tensor& w2, const std::optional<Tensor>& b2, const Tensor& y,
                           const std::optional<Tensor>& seed, const std::string& activation,
@@ -33,10 +43,7 @@ void feed_forward_forward(const Tensor& x, const Tensor& w1, const std::optional
   a.w2 = view("w2", w2);
   a.b2 = view("b2", b2);
   a.y = view("y", y);
-  a.seed = view("seed", seed);
-  a.activation = activation;
-  a.dropout_threshold = dropout_threshold;
-  a.dropout_scale = dropout_scale;
+  give_activation(a, seed, activation, dropout_threshold, dropout_scale);
   const DeviceGuard guard(a.x.device);
   run_feed_forward_forward(a, current_stream(a.x.device));
 }
@@ -62,10 +69,7 @@ void feed_forward_backward(const Tensor& dy, const Tensor& x, const Tensor& w1,
   a.turns = view("turns", turns);
   a.weight_sums = view("weight_sums", weight_sums);
   a.bias_sums = view("bias_sums", bias_sums);
-  a.seed = view("seed", seed);
-  a.activation = activation;
-  a.dropout_threshold = dropout_threshold;
-  a.dropout_scale = dropout_scale;
+  give_activation(a, seed, activation, dropout_threshold, dropout_scale);
   const DeviceGuard guard(a.x.device);
   run_feed_forward_backward(a, current_stream(a.x.device));
 }
@@ -80,10 +84,7 @@ void linear_activation(const Tensor& x, const Tensor& w, const std::optional<Ten
   a.bias = view("bias", bias);
   a.act = view("act", act);
   a.pre = view("pre", pre);
-  a.seed = view("seed", seed);
-  a.activation = activation;
-  a.dropout_threshold = dropout_threshold;
-  a.dropout_scale = dropout_scale;
+  give_activation(a, seed, activation, dropout_threshold, dropout_scale);
   const DeviceGuard guard(a.x.device);
   run_linear_activation(a, current_stream(a.x.device));
 }
@@ -95,10 +96,7 @@ void activation_gradient(const Tensor& dact, const Tensor& pre, const std::optio
   a.dact = view("dact", dact);
   a.pre = view("pre", pre);
   a.dbias = view("dbias", dbias);
-  a.seed = view("seed", seed);
-  a.activation = activation;
-  a.dropout_threshold = dropout_threshold;
-  a.dropout_scale = dropout_scale;
+  give_activation(a, seed, activation, dropout_threshold, dropout_scale);
   const DeviceGuard guard(a.dact.device);
   run_activation_gradient(a, current_stream(a.dact.device));
 }
@@ -114,10 +112,7 @@ void gated_activation(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,
   a.act = view("act", act);
   a.gate_pre = view("gate_pre", gate_pre);
   a.up = view("up", up);
-  a.seed = view("seed", seed);
-  a.activation = activation;
-  a.dropout_threshold = dropout_threshold;
-  a.dropout_scale = dropout_scale;
+  give_activation(a, seed, activation, dropout_threshold, dropout_scale);
   const DeviceGuard guard(a.x.device);
   run_gated_activation(a, current_stream(a.x.device));
 }
@@ -132,10 +127,7 @@ void gated_gradient(const Tensor& dact, const Tensor& gate_pre, const Tensor& up
   a.up = view("up", up);
   a.dup = view("dup", dup);
   a.act = view("act", act);
-  a.seed = view("seed", seed);
-  a.activation = activation;
-  a.dropout_threshold = dropout_threshold;
-  a.dropout_scale = dropout_scale;
+  give_activation(a, seed, activation, dropout_threshold, dropout_scale);
   const DeviceGuard guard(a.dact.device);
   run_gated_gradient(a, current_stream(a.dact.device));
 }
@@ -153,10 +145,7 @@ void few_rows_hidden(const Tensor& x, const Tensor& w1, const std::optional<Tens
   a.act = view("act", act);
   a.pre = view("pre", pre);
   a.up = view("up", up);
-  a.seed = view("seed", seed);
-  a.activation = activation;
-  a.dropout_threshold = dropout_threshold;
-  a.dropout_scale = dropout_scale;
+  give_activation(a, seed, activation, dropout_threshold, dropout_scale);
   const DeviceGuard guard(a.x.device);
   run_few_rows_hidden(a, current_stream(a.x.device));
 }
