@@ -82,6 +82,7 @@ def test_the_library_for_the_cpu_decides_dropout_as_defined(installation):
         "assert extension.problem() is None\n"
         "cases = [([0], [0], range(16), range(32)),\n"
         "    ([3, 70000], [1], range(5, 77), range(31, 600)),\n"
+        "    ([2], [3], range(33, 50), range(70, 700)),\n"
         "    ([1], [4, 0, 2], range(100, 101), range(7, 8)), ([], [1], range(3), range(3)),\n"
         "    ([0], [1], range(0), range(5)), ([0], [1], range(5), range(0)),\n"
         "    ([0], [0, 1], range(40), range(2000))]\n"
