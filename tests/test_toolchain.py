@@ -1,0 +1,115 @@
+"""What a build finds on a machine, and what it says of what will not do."""
+
+import platform
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def toolchain(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "build_tools"))
+    import toolchain
+
+    for name in ("FUSEFORMER_BUILD", "FUSEFORMER_ARCHS", "CXX", "CUDA_HOME", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    return toolchain
+
+
+def torch_in(folder, version):
+    (folder / "torch/include/torch/csrc/stable").mkdir(parents=True)
+    (folder / "torch/include/torch/csrc/stable/library.h").touch()
+    (folder / "torch/version.py").write_text(f"__version__ = '{version}'\n")
+    return folder
+
+
+def test_a_torch_that_is_too_old_is_named_and_passed_over(toolchain, monkeypatch, tmp_path):
+    old, new = torch_in(tmp_path / "old", "2.9.1+cpu"), torch_in(tmp_path / "new", "2.10.0")
+    monkeypatch.setattr(toolchain, "package_folders", lambda: [old])
+    with pytest.raises(
+        toolchain.Missing, match=r"torch 2\.9\.1\+cpu in .* is too old: pip install"
+    ):
+        toolchain.find_torch()
+    monkeypatch.setattr(toolchain, "package_folders", lambda: [old, new])
+    assert toolchain.find_torch() == (new / "torch/include", "2.10.0")
+    (new / "torch/include/torch/csrc/stable/library.h").unlink()  # headers are part of it
+    monkeypatch.setattr(toolchain, "package_folders", lambda: [new])
+    with pytest.raises(toolchain.Missing, match="no torch was found"):
+        toolchain.find_torch()
+
+
+def test_a_compiler_may_have_arguments_and_a_launcher(toolchain, monkeypatch, tmp_path):
+    launcher = tmp_path / "ccache"
+    launcher.write_text('#!/bin/sh\nexec "$@"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{launcher} g++ -m64")
+    words, version = toolchain.find_compiler()
+    assert words == (str(launcher), "g++", "-m64")
+    assert "g++" in version
+    # nvcc is given the compiler, and its arguments by themselves.
+    compiler, arguments = toolchain.Toolchain("cuda", cxx=words).host_compiler
+    assert Path(compiler).name == "g++"
+    assert arguments == ["-m64"]
+
+
+def test_a_toolkit_that_is_named_serves_or_fails(toolchain, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(toolchain.Missing, match=r"was found in CUDA_HOME=.*pip install"):
+        toolchain.find_cuda()
+
+
+@pytest.mark.parametrize(
+    ("version", "architectures"),
+    [
+        ((12, 4), ("80", "90+PTX")),
+        ((12, 8), ("80", "90", "100", "120+PTX")),
+        ((13, 0), ("80", "90", "100", "120+PTX")),
+    ],
+)
+def test_the_usual_architectures_are_those_that_the_toolkit_knows(
+    toolchain, version, architectures
+):
+    assert toolchain.find_architectures(version) == architectures
+
+
+def test_architectures_that_are_named_are_taken_as_they_are(toolchain, monkeypatch):
+    monkeypatch.setenv("FUSEFORMER_ARCHS", "80,86+PTX")
+    assert toolchain.find_architectures((12, 4)) == ("80", "86+PTX")
+    monkeypatch.setenv("FUSEFORMER_ARCHS", "80,121")
+    with pytest.raises(SystemExit, match=r"got '121', expected some of .*CUDA 12.8"):
+        toolchain.find_architectures((12, 8))
+
+
+@pytest.mark.parametrize("system", ["Darwin", "Windows"])
+def test_elsewhere_than_on_linux_the_pure_package_is_built(toolchain, monkeypatch, system):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    found = toolchain.decide()
+    assert found.mode == "none"
+    assert [reason.split(":")[0] for reason in found.refused] == ["not cuda", "not cpu"]
+    assert f"not {system}" in found.refused[0]
+    monkeypatch.setenv("FUSEFORMER_BUILD", "cpu")
+    with pytest.raises(
+        SystemExit, match=f"FUSEFORMER_BUILD=cpu: compiled libraries .* not {system}"
+    ):
+        toolchain.decide()
+
+
+def test_what_is_missing_decides_the_mode(toolchain, monkeypatch):
+    def missing(*_):
+        raise toolchain.Missing("none here: get one")
+
+    monkeypatch.setattr(toolchain, "find_cuda", missing)
+    assert toolchain.decide().mode == "cpu"
+    assert toolchain.decide().refused == ("not cuda: none here: get one",)
+    monkeypatch.setattr(toolchain, "find_compiler", missing)
+    assert toolchain.decide().mode == "none"
+    assert len(toolchain.decide().refused) == 2
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "two", "1.5"])
+def test_a_number_of_compilers_is_a_number(toolchain, monkeypatch, asked):
+    monkeypatch.setenv("MAX_JOBS", asked)
+    with pytest.raises(SystemExit, match="MAX_JOBS: got"):
+        toolchain.jobs()
