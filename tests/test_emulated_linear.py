@@ -1,5 +1,7 @@
 """Feed-forward in the epilogue regime by CUDA C++ kernels, executed on the CPU from what ships."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from block_checks import FeedForwardCase as Case
@@ -86,6 +88,21 @@ def test_values_that_are_not_finite_stay_where_they_are(plain):
         assert y[others].isfinite().all()
         assert not pre[2].isfinite().any()
         assert y[4].isnan().all()
+
+
+def test_a_product_that_was_not_saved_is_computed_again(plain):
+    plain.emulator.set_options(False, 1, "late", "exact", 80)
+
+    def forward(*arguments):
+        y, pre = plain.feed_forward_forward(*arguments, False)
+        assert pre.shape == (0,)
+        return y, pre
+
+    unsaved = SimpleNamespace(
+        feed_forward_forward=forward, feed_forward_backward=plain.feed_forward_backward
+    )
+    for tokens in (9, 40):
+        check_feed_forward(unsaved, Case((tokens, 40, 72, 40), "silu", BF16, 0.2))
 
 
 def test_no_columns_leave_the_bias(shadow):

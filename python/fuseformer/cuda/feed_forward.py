@@ -96,7 +96,8 @@ def feed_forward_backward(
         dx, dw1, db1, dw2 = _resident_backward(dy, x, w1, b1, w2, seed, activation, dropout_p)
         return dx, dw1, db1, dw2, dy.sum(0) if has_b2 else None
     gradient = dy @ w2  # (T, hidden), that of the activation and then of what is before it
-    act = pre.clone()
+    # Forward may have saved nothing.
+    act = pre.clone() if pre.numel() == gradient.numel() else F.linear(x, w1, b1)
     sums = None
     if b1 is not None:
         blocks = -(-x.shape[0] // _ROWS_OF_SUMS)
