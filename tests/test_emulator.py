@@ -1,6 +1,7 @@
 """The emulator of CUDA C++ kernels: what its instructions compute, and each mistake it must see."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,17 @@ def test_an_error_names_its_thread_and_is_counted(emulator):
     assert re.search(named, line)
     emulator.run("race_of_writes", 0, 0, 0)
     assert list(emulator.report()["errors"].values()) == [31]
+
+
+def test_a_launch_leaves_no_mapping_behind(emulator):
+    def mappings():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    before = mappings()
+    emulator.launch_nothing(1, 1024, 0)
+    # Each stack has a guard page: with many emulators a process would have no mappings left.
+    assert mappings() < before + 100
+    assert not emulator.report()["errors"]
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,39 @@ Options the_options;
 uint64_t random_state = 1;
 void* launcher_stack_pointer = nullptr;
 const std::function<void()>* the_kernel = nullptr;
-std::vector<char*> stacks;
 bool gave_up = false;
+
+// The stacks of a block's threads, for one launch: their guard pages make two mappings of each, of
+// which a process may have some ten thousands, and many libraries with an emulator be loaded.
+class Stacks {
+ public:
+  explicit Stacks(size_t count) : bytes_(count * kEach) {
+    void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    memory_ = static_cast<char*>(memory);
+    for (size_t i = 0; i < count; ++i) {
+      // A stack that is full must not run into the next one.
+      if (mprotect(memory_ + i * kEach, kPage, PROT_NONE)) {
+        munmap(memory_, bytes_);
+        throw std::bad_alloc();
+      }
+    }
+  }
+  ~Stacks() {
+    allow_access(memory_, bytes_);  // what is mapped there next begins without a history
+    munmap(memory_, bytes_);
+  }
+  Stacks(const Stacks&) = delete;
+  Stacks& operator=(const Stacks&) = delete;
+
+  char* operator[](size_t i) const { return memory_ + i * kEach + kPage; }
+
+ private:
+  static constexpr size_t kEach = kPage + kStackBytes;
+  const size_t bytes_;
+  char* memory_;
+};
 
 void switch_to(Thread* next) {
   Thread* const previous = current;
@@ -105,20 +136,13 @@ void run_thread() {
   __builtin_unreachable();
 }
 
-void prepare(Thread& thread, int number, const Place& place) {
-  while (static_cast<int>(stacks.size()) <= number) {
-    void* memory = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, kPage, PROT_NONE);  // a stack that is full must not run into the next one
-    stacks.push_back(static_cast<char*>(memory) + kPage);
-  }
+void prepare(Thread& thread, int number, char* stack, const Place& place) {
   thread = Thread();
   thread.number = number;
   thread.place = place;
   // Stacks that begin at the same place of a page would share the same few lines of the cache.
-  thread.stack_top = stacks[number] + kStackBytes - 64 - number % 16 * 256;
-  allow_access(stacks[number], kStackBytes);  // frames that were left, not returned from
+  thread.stack_top = stack + kStackBytes - 64 - number % 16 * 256;
+  allow_access(stack, kStackBytes);  // frames that were left, not returned from
   void** top = reinterpret_cast<void**>(thread.stack_top);
   *top = reinterpret_cast<void*>(run_thread);
   thread.stack_pointer = top - 6;
@@ -148,7 +172,7 @@ void describe_deadlock(dim3 at) {
   ++report.errors[text.str()];
 }
 
-void run_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes) {
+void run_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes, const Stacks& stacks) {
   const int count = size.x * size.y * size.z;
   ++block.number;
   block.live = count;
@@ -160,7 +184,7 @@ void run_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes) {
   block.shared = new_shared(shared_bytes);
   for (int i = count - 1; i >= 0; --i) {
     const unsigned n = i;
-    prepare(block.threads[i], i,
+    prepare(block.threads[i], i, stacks[i],
             {{n % size.x, n / size.x % size.y, n / (size.x * size.y)}, at, size, grid});
     make_ready(i);
   }
@@ -278,10 +302,11 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
   gave_up = false;
   new_launch();
   const FaultsAreErrors faults_are_errors;
+  const Stacks stacks(size.x * size.y * size.z);
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x && !gave_up; ++x) {
-        run_block(grid, size, {x, y, z}, shared_bytes);
+        run_block(grid, size, {x, y, z}, shared_bytes, stacks);
       }
     }
   }

@@ -10,6 +10,7 @@ for AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before
 import fcntl
 import hashlib
 import importlib.util
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -88,17 +89,26 @@ def _kept(name: str, inputs: Sequence[object], make) -> Path:
     return path
 
 
-def _text_of(folder: Path) -> list[tuple[str, str]]:
-    """Return all sources under `folder`: any of them may go into an object."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cpp"))
-    return [(str(p.relative_to(folder)), p.read_text()) for p in files]
+def _texts(source: Path, sources: Path) -> list[tuple[str, str]]:
+    """Return a source and the project's headers that it includes, others through them too."""
+    found: dict[Path, str] = {}
+    left = [source]
+    while left:
+        path = left.pop()
+        if path not in found:
+            found[path] = path.read_text()
+            for name in re.findall(r'^#include "([^"]+)"', found[path], re.MULTILINE):
+                beside = (path.parent / name).resolve()
+                left.append(beside if beside.exists() else sources.resolve() / name)
+    names = {path: path.name if path == source else str(path) for path in found}
+    root = f"{sources.resolve()}/"
+    return sorted((name.removeprefix(root), found[path]) for path, name in names.items())
 
 
 def compiled(source: Path, flags: Sequence[str], sources: Path = SOURCES) -> Path:
     """Return the object of a source file of `sources`, or of another that includes some of it."""
-    headers = [(name, text) for name, text in _text_of(sources) if name.endswith(".h")]
     command = [_compiler(), *_FLAGS, *flags, f"-I{sources}", "-x", "c++", "-c", source, "-o"]
-    inputs = (source.read_text(), headers, flags, _FLAGS)
+    inputs = (_texts(source, sources), flags, _FLAGS)
     return _kept(f"{source.stem}.o", inputs, lambda part: _run([*command, part]))
 
 
