@@ -111,13 +111,21 @@ class Library:
 
     @property
     def device_command(self) -> list:
-        """How a CUDA source is compiled, for all architectures at once."""
+        """How a CUDA source is compiled, for all architectures at once.
+
+        All binaries are made from the PTX of the least architecture, whose instructions are all
+        that the kernels use: to make the PTX takes most of the time.
+        """
         assert self.tools.cuda_home is not None
+        numbers = [name.removesuffix("+PTX") for name in self.tools.architectures]
+        least = min(numbers, key=int)
+        kinds: dict[str, list[str]] = {least: [f"sm_{number}" for number in numbers]}
+        for name, number in zip(self.tools.architectures, numbers, strict=True):
+            if name != number:
+                kinds.setdefault(number, []).append(f"compute_{number}")
         codes: list[str] = []
-        for name in self.tools.architectures:
-            number = name.removesuffix("+PTX")
-            kinds = [f"sm_{number}"] + ([f"compute_{number}"] if name.endswith("+PTX") else [])
-            codes += ["-gencode", f"arch=compute_{number},code=[{','.join(kinds)}]"]
+        for number, wanted in kinds.items():
+            codes += ["-gencode", f"arch=compute_{number},code=[{','.join(wanted)}]"]
         compiler, arguments = self.tools.host_compiler
         return [
             *(self.tools.cuda_home / "bin/nvcc", "-ccbin", compiler, "-O3", "-std=c++17", *codes),
@@ -189,28 +197,48 @@ class Library:
             run("linking", [*command, "-Wl,--exclude-libs,ALL", "-s", "-o", target])
 
 
+#: What people call the kernels that have tiles, by the names of their functions.
+_KERNELS = {
+    "attention_forward": "forward",
+    "attention_backward": "backward",
+    "attention_backward_wide": "backward",
+    "attention_decode": "decode",
+    "feed_forward_forward": "feed-forward",
+    "feed_forward_backward": "feed-forward backward",
+    "linear": "linear",
+    "few_rows_hidden": "few-rows hidden",
+    "few_rows_output": "few-rows output",
+}
+_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+
+
 def resources(log: str) -> list[dict]:
-    """Return registers and spilled bytes of every attention kernel that ptxas spoke of."""
+    """Return registers and spilled bytes of every kernel with tiles that ptxas spoke of."""
     found = []
     pattern = (
         r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame.*?Used (\d+)"
     )
+    parts = r"fuseformer\d+(\w+?)_kernelINS_\d+(Small)?[A-Za-z]+INS_\d+(Bfloat16|Half)ELi(\d+)E"
     for name, arch, stack, registers in re.findall(pattern, log, re.DOTALL):
-        kernel = re.search(r"attention_(\w+?)_kernel", name)
-        config = re.search(r"(Small)?\w+?(?:Config|Traits)INS_\d+(Bfloat16|Half)ELi(\d+)E", name)
-        if kernel and config:
-            found.append(
-                {
-                    "kernel": kernel[1].removesuffix("_wide")
-                    + (" small" if "SmallBackward" in name else ""),
-                    "dtype": {"Bfloat16": "bf16", "Half": "fp16"}[config[2]],
-                    "head_dim": int(config[3]),
-                    "dropout": name.count("Lb1E") > 0,
-                    "architecture": int(arch),
-                    "registers": int(registers),
-                    "stack_bytes": int(stack),
-                }
-            )
+        said = re.search(parts, name)
+        if said is None or said[1] not in _KERNELS:
+            continue
+        number = re.search(r"10ActivationE(\d)E", name)
+        activation = _ACTIVATIONS[int(number[1])] if number else None
+        if "SmoothActivation" in name:  # chosen when it runs
+            activation = "other"
+        found.append(
+            {
+                "kernel": _KERNELS[said[1]] + (" small" if said[2] else ""),
+                "dtype": {"Bfloat16": "bf16", "Half": "fp16"}[said[3]],
+                "size": int(said[4]),
+                "activation": activation,
+                "dropout": "Lb1E" in name,
+                "architecture": int(arch),
+                "registers": int(registers),
+                "stack_bytes": int(stack),
+            }
+        )
     return found
 
 

@@ -158,7 +158,7 @@ def find_architectures(cuda: tuple[int, int]) -> tuple[str, ...]:
     asked = os.environ.get("FUSEFORMER_ARCHS", "").strip()
     if not asked:
         usual = [name for name in DEFAULT_ARCHITECTURES if name in known]
-        return (*usual[:-1], f"{usual[-1]}+PTX")
+        return (f"{usual[0]}+PTX", *usual[1:])
     names = tuple(asked.split(","))
     for name in names:
         if name.removesuffix("+PTX") not in known:

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "attention/tiles.h"
+#include "feed_forward/tiles.h"
 
 #if !defined(FUSEFORMER_ARCHS)
 #define FUSEFORMER_ARCHS ""
@@ -16,13 +17,15 @@ PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
       "architectures", [] { return std::string(FUSEFORMER_ARCHS); },
       "Return the GPU architectures that were compiled, as FUSEFORMER_ARCHS names them.");
   m.def(
-      "attention_tiles",
+      "tiles",
       [] {
+        std::vector<fuseformer::TileRow> tiles = fuseformer::attention_tiles();
+        for (const auto& tile : fuseformer::feed_forward_tiles()) tiles.push_back(tile);
         py::list rows;
-        for (const fuseformer::TileRow& tile : fuseformer::attention_tiles()) {
+        for (const auto& tile : tiles) {
           py::dict row;
-          row["pass"] = tile.pass;
-          row["head_dim"] = tile.head_dim;
+          row["kernel"] = tile.kernel;
+          row["size"] = tile.size;
           row["block_m"] = tile.block_m;
           row["block_n"] = tile.block_n;
           row["threads"] = tile.threads;
@@ -32,6 +35,7 @@ PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
         }
         return rows;
       },
-      "Return the tiles of the attention kernels: queries and keys of a tile, threads, stages, and "
-      "bytes of dynamic shared memory of a block.");
+      "Return the tiles of the kernels: the head dim, model width or number of first products that "
+      "they are for, rows and columns of a tile, threads, stages, and bytes of dynamic shared "
+      "memory of a block.");
 }

@@ -7,7 +7,8 @@ import torch
 from block_checks import FeedForwardCase as Case
 from block_checks import check_feed_forward, check_feed_forward_dropout
 from emulated import EmulatorError, Kernels
-from emulator_build import build_feed_forward, build_planted, feed_forward_unit
+from emulator_build import build_feed_forward, build_planted
+from emulator_units import feed_forward_unit
 
 import fuseformer as ff
 

@@ -92,7 +92,7 @@ x = torch.randn(3, 16)
 ff.feed_forward(x, torch.randn(32, 16), None, torch.randn(16, 32), None)
 try:
     from fuseformer import _host
-    tiles = len(_host.attention_tiles())
+    tiles = len(_host.tiles())
 except ImportError:
     tiles = 0
 built = extension.build()
@@ -298,9 +298,7 @@ def test_every_python_gets_the_same_library(version, wheels, tmp_path):
     for library in (site / "fuseformer").glob("*.so"):
         shutil.copy(library, tmp_path / "alone")
     # Without torch: it is no version's own, and what it wants of Python every version has.
-    said = run(
-        python, "-c", "import _host; print(len(_host.attention_tiles()))", cwd=tmp_path / "alone"
-    )
+    said = run(python, "-c", "import _host; print(len(_host.tiles()))", cwd=tmp_path / "alone")
     assert int(said.stdout) > 10
     wanted = run("nm", "-D", "--undefined-only", tmp_path / "alone/_C.abi3.so").stdout
     assert set(re.findall(r" U (_?Py\w+)", wanted)) == {"PyModule_Create2"}

@@ -4,7 +4,8 @@ import pytest
 import torch
 from emulated import EmulatorError
 from emulated_feed_forward import Backward, Case, check_backward, check_infinite_gradient
-from emulator_build import build_feed_forward, build_planted, feed_forward_unit
+from emulator_build import build_feed_forward, build_planted
+from emulator_units import feed_forward_unit
 
 BF16 = torch.bfloat16
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from block_checks import FeedForwardCase, check_feed_forward
 from emulated import EmulatorError, Kernels
-from emulator_build import build_feed_forward, build_planted, feed_forward_unit
+from emulator_build import build_feed_forward, build_planted
+from emulator_units import feed_forward_unit
 
 from fuseformer import reference
 from fuseformer.testing import assert_close_to_reference

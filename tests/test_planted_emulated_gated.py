@@ -3,7 +3,8 @@
 import pytest
 import torch
 from emulated import EmulatorError, Kernels
-from emulator_build import build_feed_forward, build_planted, feed_forward_unit
+from emulator_build import build_feed_forward, build_planted
+from emulator_units import feed_forward_unit
 from gated_checks import GatedCase as Case
 from gated_checks import check_gated
 

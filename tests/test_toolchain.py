@@ -1,5 +1,6 @@
 """What a build finds on a machine, and what it says of what will not do."""
 
+import itertools
 import platform
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def test_a_toolkit_that_is_named_serves_or_fails(toolchain, monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("version", "architectures"),
     [
-        ((12, 4), ("80", "90+PTX")),
-        ((12, 8), ("80", "90", "100", "120+PTX")),
-        ((13, 0), ("80", "90", "100", "120+PTX")),
+        ((12, 4), ("80+PTX", "90")),
+        ((12, 8), ("80+PTX", "90", "100", "120")),
+        ((13, 0), ("80+PTX", "90", "100", "120")),
     ],
 )
 def test_the_usual_architectures_are_those_that_the_toolkit_knows(
@@ -80,6 +81,28 @@ def test_architectures_that_are_named_are_taken_as_they_are(toolchain, monkeypat
     monkeypatch.setenv("FUSEFORMER_ARCHS", "80,121")
     with pytest.raises(SystemExit, match=r"got '121', expected some of .*CUDA 12.8"):
         toolchain.find_architectures((12, 8))
+
+
+@pytest.mark.parametrize(
+    ("architectures", "codes"),
+    [
+        (("80+PTX", "90", "100"), ["arch=compute_80,code=[sm_80,sm_90,sm_100,compute_80]"]),
+        (("100", "90"), ["arch=compute_90,code=[sm_100,sm_90]"]),
+        (
+            ("86", "120+PTX"),
+            ["arch=compute_86,code=[sm_86,sm_120]", "arch=compute_120,code=[compute_120]"],
+        ),
+    ],
+)
+def test_ptx_is_made_once_for_all_binaries(toolchain, architectures, codes):
+    import library
+
+    tools = toolchain.Toolchain(
+        "cuda", cxx=("g++",), cuda_home=Path("/cuda"), architectures=architectures
+    )
+    command = library.Library(tools).device_command
+    given = [after for word, after in itertools.pairwise(command) if word == "-gencode"]
+    assert given == codes
 
 
 @pytest.mark.parametrize("system", ["Darwin", "Windows"])

@@ -1,33 +1,17 @@
-// The table of tiles, for people and for tests: what `traits.h` says, at run time.
+// The tiles of the attention kernels, for people and for tests: what `traits.h` says, at run time.
 #pragma once
 
-#include <string>
 #include <vector>
 
+#include "../tile_row.h"
 #include "traits.h"
 
 namespace fuseformer {
 
-struct TileRow {
-  std::string
-      pass;  // "forward", "backward", "backward small" for GPUs of less shared memory, "decode"
-  int head_dim;
-  int block_m;
-  int block_n;
-  int threads;
-  int stages;
-  int shared_bytes;
-};
-
 template <typename Traits>
-TileRow tile_row(const char* pass) {
-  return {pass,
-          Traits::kHeadDim,
-          Traits::kBlockM,
-          Traits::kBlockN,
-          Traits::kThreads,
-          Traits::kStages,
-          Traits::kSharedBytes};
+TileRow tile_row(const char* kernel) {
+  return {kernel,           Traits::kHeadDim, Traits::kBlockM,     Traits::kBlockN,
+          Traits::kThreads, Traits::kStages,  Traits::kSharedBytes};
 }
 
 template <typename Traits>

@@ -134,14 +134,15 @@ def describe_kernels(architecture: int) -> str:
             "FUSEFORMER_BUILD=cuda"
         )
     lines = [
-        f"{'':34}{'tile':>9}{'threads':>9}{'shared':>9}{'registers':>11}{'stack':>7}{'blocks':>8}"
+        f"{'':42}{'tile':>9}{'threads':>9}{'shared':>9}{'registers':>11}{'stack':>7}{'blocks':>8}"
         f"{'occupancy':>11}"
     ]
     for row in kernel_rows(architecture):
-        name = f"{row.which} {row.dtype} {row.head_dim}{' dropout' * row.dropout}"
+        words = [row.which, row.dtype, str(row.size), row.activation, "dropout" * row.dropout]
+        name = " ".join(word for word in words if word)
         tile = f"{row.block_m}x{row.block_n}"
         lines.append(
-            f"{name:34}{tile:>9}{row.threads:9}{row.shared_bytes:9}{row.registers:11}"
+            f"{name:42}{tile:>9}{row.threads:9}{row.shared_bytes:9}{row.registers:11}"
             f"{row.stack_bytes:7}{row.blocks:8}{row.occupancy:11.0%}"
         )
     return "\n".join(lines)

@@ -32,22 +32,24 @@ RUNTIME = (
     "primitives",
     "tensor_cores",
 )
+STANDARD_HEADERS = (
+    "algorithm",
+    "cmath",
+    "cstdint",
+    "cstring",
+    "functional",
+    "limits",
+    "map",
+    "set",
+    "string",
+    "type_traits",
+    "vector",
+)
 FEED_FORWARD = ("backward", "feed_forward", "few_rows", "gated", "linear")
-#: What the translation units of feed-forward offer for each dtype: the arguments of each function.
-FEED_FORWARD_ENTRIES = {
-    "feed_forward_forward": "const FeedForwardParams&, int, Activation, Stream",
-    "feed_forward_backward": "const FeedForwardGradientParams&, int, Stream",
-    "linear_activation": "const LinearParams&, Stream",
-    "activation_gradient": "const ActivationGradientParams&, Stream",
-    "gated_activation": "const LinearParams&, Stream",
-    "gated_gradient": "const GatedGradientParams&, Stream",
-    "few_rows_hidden": "const FewRowsParams&, Stream",
-    "few_rows_output": "const FewRowsParams&, Stream",
-}
 MODES = {
     "plain": ["-O2"],
     "shadow": [
-        *("-O1", "-g", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
+        *("-O1", "-g1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
         # Of arrays in registers no load or store comes by: their indices are checked where used.
         "-fsanitize=bounds,shift,signed-integer-overflow,integer-divide-by-zero",
         "-fsanitize-undefined-trap-on-error",
@@ -75,13 +77,21 @@ def _compiler() -> str:
     return found
 
 
-def _kept(name: str, inputs: Sequence[object], make) -> Path:
-    """Return the file that `make` writes, made at most once for the same inputs."""
+def _kept(
+    name: str, inputs: Sequence[object], make: Callable[[Path], None], *, wait: bool = True
+) -> Path | None:
+    """Return the file that `make` writes, made at most once for the same inputs.
+
+    Without `wait`, return None where another process is making it.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:24]
     path = CACHE / f"{key}-{name}"
     with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
         if not path.exists():
             part = path.with_suffix(".part")
             make(part)
@@ -105,44 +115,80 @@ def _texts(source: Path, sources: Path) -> list[tuple[str, str]]:
     return sorted((name.removeprefix(root), found[path]) for path, name in names.items())
 
 
-def compiled(source: Path, flags: Sequence[str], sources: Path = SOURCES) -> Path:
-    """Return the object of a source file of `sources`, or of another that includes some of it."""
-    command = [_compiler(), *_FLAGS, *flags, f"-I{sources}", "-x", "c++", "-c", source, "-o"]
+def _precompiled_headers(flags: Sequence[str]) -> list[str | Path]:
+    """Return the arguments that include the standard's headers, parsed once for these flags."""
+    text = "".join(f"#include <{name}>\n" for name in STANDARD_HEADERS)
+
+    def make(part: Path) -> None:
+        header = part.with_suffix(".h")
+        header.write_text(text)
+        _run([_compiler(), *_FLAGS, *flags, "-x", "c++-header", header, "-o", part])
+
+    made = _kept("standard.h.gch", (text, flags, _FLAGS), make)
+    assert made is not None
+    header = made.with_suffix("")
+    if not header.exists():  # it is looked for first, the one that is parsed beside it
+        header.write_text(text)
+    return ["-include", header]
+
+
+def _compiled(source: Path, flags: Sequence[str], sources: Path, *, wait: bool) -> Path | None:
+    """Return the object of a source file of `sources`, or of another that includes some of it.
+
+    Without `wait`, return None where another process is compiling it.
+    """
     inputs = (_texts(source, sources), flags, _FLAGS)
-    return _kept(f"{source.stem}.o", inputs, lambda part: _run([*command, part]))
+
+    def make(part: Path) -> None:
+        # Hundreds of variants of the kernels are compiled for shadow mode.
+        headers = _precompiled_headers(flags) if flags == MODES["shadow"] else []
+        command = [_compiler(), *_FLAGS, *flags, *headers, f"-I{sources}", "-x", "c++"]
+        _run([*command, "-c", source, "-o", part])
+
+    return _kept(f"{source.stem}.o", inputs, make, wait=wait)
+
+
+def _all_compiled(work: Sequence[tuple[Path, Sequence[str], Path]]) -> list[Path]:
+    """Return the objects of sources. What another process is compiling is left to it until last."""
+    made = [_compiled(*item, wait=False) for item in work]
+    made = [path or _compiled(*item, wait=True) for path, item in zip(made, work, strict=True)]
+    return [path for path in made if path is not None]
 
 
 def build(
     mode: str,
     kernels: Path | None = None,
     *,
+    family: str = "attention",
     bindings: str = "bindings",
     host: Sequence[str] = ("attention/attention.cpp", "attention/decode.cpp"),
     sources: Path = SOURCES,
     runtime: Path = SOURCES,
 ) -> ModuleType:
-    """Return the emulator with the kernels of a translation unit, those of attention unless given.
+    """Return the emulator with the kernels of a translation unit, those that ship unless given.
 
-    `bindings` names the file of the emulator that offers them to Python, `host` the sources that
-    check arguments and launch. The kernels' headers come from `sources`, the emulator from
-    `runtime`: both may be changed copies of the folder. Raises `RuntimeError` with what the
-    compiler said.
+    `family` names the folder of those, `bindings` the file of the emulator that offers them to
+    Python, `host` the sources that check arguments and launch. The kernels' headers come from
+    `sources`, the emulator from `runtime`: both may be changed copies of the folder. Raises
+    `RuntimeError` with what the compiler said.
     """
-    kernels = kernels or sources / "emulator" / "attention_kernels.cpp"
+    units = [kernels] if kernels else sorted((sources / family).glob("*.cu"))
     python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     rest = MODES[mode] if mode == "sanitized" else ["-O2"]
-    around = [*python, "-fvisibility=hidden", *(rest if mode == "sanitized" else [])]
-    objects = [
-        compiled(kernels, MODES[mode], sources),
-        *(compiled(runtime / "emulator" / f"{name}.cpp", rest, runtime) for name in RUNTIME),
-        *(compiled(sources / name, rest, sources) for name in host),
-        compiled(SOURCES / "emulator" / f"{bindings}.cpp", around),
-    ]
+    objects = _all_compiled(
+        [
+            *((unit, MODES[mode], sources) for unit in units),
+            *((runtime / "emulator" / f"{name}.cpp", rest, runtime) for name in RUNTIME),
+            *((sources / name, rest, sources) for name in host),
+            (SOURCES / "emulator" / f"{bindings}.cpp", [*python, "-fvisibility=hidden"], SOURCES),
+        ]
+    )
     names = [path.name for path in objects]
     # Two builds may be loaded at once: each calls its own functions.
     flags = ["-shared", "-Wl,-Bsymbolic", *(rest if mode == "sanitized" else [])]
     command = [_compiler(), *flags, *objects, "-ldl", "-o"]
     library = _kept("_emulator.so", (names, flags), lambda part: _run([*command, part]))
+    assert library is not None
     # pybind11 takes two modules of one name for the same.
     spec = importlib.util.spec_from_file_location(f"{library.name[:24]}._emulator", library)
     assert spec is not None
@@ -158,33 +204,12 @@ def build_feed_forward(
     """Return the emulator with the feed-forward kernels, or those of another translation unit."""
     return build(
         mode,
-        kernels or sources / "emulator" / "feed_forward_kernels.cpp",
+        kernels,
+        family="feed_forward",
         bindings="feed_forward_bindings",
         host=tuple(f"feed_forward/{name}.cpp" for name in FEED_FORWARD),
         sources=sources,
     )
-
-
-def feed_forward_unit(*built: str, text: str = "") -> str:
-    """Return a translation unit with the bfloat16 kernels of a few functions: quickly compiled.
-
-    `text` may define others, all that are left say that they were not built.
-    """
-    parts = ("backward_", "few_rows_", "gated_", "linear_", "")
-    lines = [f'#include "feed_forward/{part}launch.h"' for part in parts]
-    lines += ["namespace fuseformer {", text]
-    for name, arguments in FEED_FORWARD_ENTRIES.items():
-        for element in ("Bfloat16", "Half"):
-            function = f"const char* {name}<{element}>({arguments})"
-            if element == "Bfloat16" and name in built:
-                lines.append(f"template {function};")
-            elif f"{name}<{element}>" not in text:
-                lines.append(f'template <> {function} {{ return "not built"; }}')
-    lines += [
-        f"template FeedForwardBackwardSizes feed_forward_backward_sizes<{element}>(int);"
-        for element in ("Bfloat16", "Half")
-    ]
-    return "\n".join([*lines, "}", ""])
 
 
 def build_planted(

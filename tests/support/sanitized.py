@@ -6,7 +6,6 @@ something.
 """
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ from decode_checks import check_decode
 from emulated import Kernels
 from emulator_build import SOURCES, build, build_feed_forward
 from emulator_checks import run
+from emulator_units import attention_unit, feed_forward_unit
+from gated_checks import GatedCase, check_gated
 
 LANDINGS = ("late", "early", "random")
 
@@ -43,35 +44,45 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def _bfloat16_alone(family: str, folder: Path) -> Path:
-    """Return a translation unit like the family's of the emulator, in half the time to compile."""
-    unit = (SOURCES / "emulator" / f"{family}_kernels.cpp").read_text()
-    unit, count = re.subn(
-        r"template ([^;]*<Half>\([^;]*\));", r"template <> \1 { return {}; }", unit
-    )
-    assert count
-    path = folder / f"{family}_kernels.cpp"
-    path.write_text(unit.replace("../", ""))
-    return path
+FEED_FORWARD = feed_forward_unit(
+    *("linear_activation", "activation_gradient", "gated_activation", "gated_gradient"),
+    *("few_rows_hidden", "few_rows_output"),
+    text="""
+template <>
+const char* feed_forward_forward<Bfloat16>(const FeedForwardParams& params, int, Activation,
+                                           Stream stream) {
+  return launch_feed_forward<FeedForwardConfig<Bfloat16, 64>, Activation::kGelu>(params, stream);
+}
+template <>
+const char* feed_forward_backward<Bfloat16>(const FeedForwardGradientParams& given, int,
+                                            Stream stream) {
+  using Traits = FeedForwardBackwardConfig<Bfloat16, 64>;
+  return launch_feed_forward_backward<Traits, SmoothActivation>(given, stream);
+}
+""",
+)
 
 
 def _run_kernels() -> None:
     bf16 = torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:
-        units = [_bfloat16_alone(f, Path(folder)) for f in ("attention", "feed_forward")]
+        units = [Path(folder) / f"{name}.cpp" for name in ("attention", "feed_forward")]
+        units[0].write_text(attention_unit([64, 96, 128, 256], decode=True))
+        units[1].write_text(FEED_FORWARD)
         attention = Kernels(build("sanitized", units[0]))
         feed_forward = Kernels(build_feed_forward("sanitized", units[1]))
-    for seed, landing in enumerate(LANDINGS, 1):
-        for architecture in (80, 86):
-            attention.emulator.set_options(True, seed, landing, "exact", architecture)
-            check_dense(attention, Case((2, 1), (113, 70), 64, bf16, "top_left", 0.1))
-            check_dense(attention, Case((1, 1), (65, 130), 128, bf16, key_lengths=(77,)))
-            sequences = ((70, 33), (0, 5), (17, 0), (3, 90))
-            check_packed(attention, sequences, 96, bf16, "bottom_right", 0.2, 5)
-            check_decode(attention, DecodeCase((4, 2), 2, 32, bf16, page_size=16))
+    for seed, (landing, architecture) in enumerate(zip(LANDINGS, (80, 86, 80), strict=True), 1):
+        attention.emulator.set_options(True, seed, landing, "exact", architecture)
+        check_dense(attention, Case((2, 1), (113, 70), 64, bf16, "top_left", 0.1))
+        check_dense(attention, Case((1, 1), (65, 130), 128, bf16, key_lengths=(77,)))
+        check_dense(attention, Case((1, 1), (33, 70), 256, bf16, window=(20, 10)))
+        check_packed(attention, ((70, 33), (0, 5), (17, 0)), 96, bf16, "bottom_right", 0.2, 5)
+        check_decode(attention, DecodeCase((4, 2), 2, 32, bf16, page_size=16))
         feed_forward.emulator.set_options(True, seed, landing, "exact", 80)
         check_feed_forward(feed_forward, FeedForwardCase((70, 64, 136, 64), "gelu", bf16, 0.2))
         check_feed_forward(feed_forward, FeedForwardCase((33, 40, 104, 24), "silu", bf16))
+        check_feed_forward(feed_forward, FeedForwardCase((5, 40, 72, 40), "relu", bf16))
+        check_gated(feed_forward, GatedCase((33, 40, 72, 24), "silu", bf16, 0.2))
         print(f"{landing}: clean", flush=True)
 
 

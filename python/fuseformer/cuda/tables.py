@@ -1,4 +1,4 @@
-"""What the compiled attention kernels need: tiles, registers, shared memory, occupancy."""
+"""What the compiled kernels need: tiles, registers, shared memory, occupancy."""
 
 import importlib
 from dataclasses import dataclass
@@ -25,11 +25,15 @@ _RESERVED_SHARED = 1024  # of each block, by the system
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One compiled kernel. `blocks` is how many fit a multiprocessor, `occupancy` their threads."""
+    """One compiled kernel. `blocks` is how many fit a multiprocessor, `occupancy` their threads.
+
+    `size` is the head dim, the width of the model, or the first products of a feed-forward block.
+    """
 
     which: str
     dtype: str
-    head_dim: int
+    size: int
+    activation: str | None  # "other" is any but relu, chosen when it runs
     dropout: bool
     block_m: int
     block_n: int
@@ -49,16 +53,16 @@ def blocks_that_fit(architecture: int, threads: int, registers: int, shared_byte
 
 
 def kernel_rows(architecture: int) -> list[KernelRow]:
-    """Return the attention kernels compiled for an architecture, 80 for sm_80.
+    """Return the kernels with tiles compiled for an architecture, 80 for sm_80.
 
     Raises `ModuleNotFoundError` where the package was built without them, and `ValueError` for an
     architecture that was not compiled.
     """
     host = importlib.import_module("fuseformer._host")
-    tiles = {(row["pass"], row["head_dim"]): row for row in host.attention_tiles()}
+    tiles = {(row["kernel"], row["size"]): row for row in host.tiles()}
     rows = []
     for kernel in build()["kernels"]:
-        tile = tiles.get((kernel["kernel"], kernel["head_dim"]))
+        tile = tiles.get((kernel["kernel"], kernel["size"]))
         if kernel["architecture"] != architecture or tile is None:
             continue
         blocks = blocks_that_fit(
@@ -68,7 +72,8 @@ def kernel_rows(architecture: int) -> list[KernelRow]:
             KernelRow(
                 kernel["kernel"],
                 kernel["dtype"],
-                kernel["head_dim"],
+                kernel["size"],
+                kernel["activation"],
                 kernel["dropout"],
                 tile["block_m"],
                 tile["block_n"],
@@ -83,4 +88,4 @@ def kernel_rows(architecture: int) -> list[KernelRow]:
     if not rows:
         compiled = ", ".join(build()["architectures"])
         raise ValueError(f"architecture: got {architecture}, expected one of {compiled}")
-    return sorted(rows, key=lambda r: (r.which, r.head_dim, r.dtype, r.dropout))
+    return sorted(rows, key=lambda r: (r.which, r.size, r.dtype, r.activation or "", r.dropout))
