@@ -10,11 +10,12 @@ WORKERS ?= 2
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 WHEEL := $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
-.PHONY: help demo test test-packaging sanitize compile-matrix wheel wheel-cuda sdist lint format clean
+.PHONY: help demo test test-sanitizers test-packaging sanitize compile-matrix wheel wheel-cuda sdist lint format clean
 
 help:
 	@echo "make demo            pretrain, tune, judge and report, in minutes on two cores"
 	@echo "make test            the whole test suite, no GPU needed"
+	@echo "make test-sanitizers the CUDA C++ kernels under the compiler's sanitizers, on the CPU"
 	@echo "make sanitize        the kernels with all their options, executed on the CPU (an hour)"
 	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (half an hour)"
 	@echo "make wheel           a wheel for this Python, with the library for CPUs, in dist"
@@ -40,6 +41,10 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
+
+test-sanitizers: $(READY)
+	FUSEFORMER_SANITIZERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+		tests/test_emulated_sanitizers.py
 
 test-packaging: $(READY)
 	FUSEFORMER_PACKAGING=full $(BIN)/python -m pytest -q tests/test_packaging.py

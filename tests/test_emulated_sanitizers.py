@@ -1,7 +1,16 @@
-"""The CUDA C++ kernels, their launch code and the emulator under the compiler's own sanitizers."""
+"""The CUDA C++ kernels, their launch code and the emulator under the compiler's own sanitizers.
+
+``make test-sanitizers`` runs them: all is compiled anew for that.
+"""
+
+import os
 
 import pytest
 import sanitized
+
+pytestmark = pytest.mark.skipif(
+    "FUSEFORMER_SANITIZERS" not in os.environ, reason="make test-sanitizers runs it"
+)
 
 
 def test_kernels_are_clean_in_random_order_and_any_landing():
