@@ -47,7 +47,7 @@ STANDARD_HEADERS = (
 )
 FEED_FORWARD = ("backward", "feed_forward", "few_rows", "gated", "linear")
 MODES = {
-    "plain": ["-O2"],
+    "plain": ["-Og"],  # what takes time are the primitives, which are compiled with -O2
     "shadow": [
         *("-O1", "-g1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
         # Of arrays in registers no load or store comes by: their indices are checked where used.
