@@ -31,7 +31,7 @@ TOOLS = toolchain.decide()
 
 
 class BuildExtension(build_ext):
-    """Has `_C` compiled and linked by `build_tools`; `_host` is an ordinary extension."""
+    """Has `_C` and `_host` compiled and linked by `build_tools`."""
 
     def build_extension(self, ext):
         """Build one of the two, and with `_C` the record of the build."""
@@ -39,8 +39,7 @@ class BuildExtension(build_ext):
         if ext.name == "fuseformer._C":
             record(target.parent, TOOLS, Library(TOOLS).build(target))
         else:
-            self.force = True  # it is small, and setuptools knows neither its headers nor macros
-            super().build_extension(ext)
+            Library(TOOLS).build_host_module(target)
 
     def copy_extensions_to_source(self):
         """Copy what was built beside the sources, its record too."""
@@ -73,19 +72,9 @@ def extensions():
     print("; ".join((said, *TOOLS.refused)), file=sys.stderr)
     if TOOLS.mode == "none":
         return []
-    import pybind11
-
-    names = ",".join(TOOLS.architectures)
     return [
         Extension("fuseformer._C", [], py_limited_api=True),
-        Extension(
-            "fuseformer._host",
-            ["csrc/host.cpp"],
-            include_dirs=[pybind11.get_include()],
-            define_macros=[("FUSEFORMER_ARCHS", f'"{names}"')],
-            extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden"],
-            extra_link_args=["-s"],
-        ),
+        Extension("fuseformer._host", []),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Compiles and links the library `_C`.
+"""Compiles and links the libraries `_C` and `_host`.
 
 Objects are kept under ``build/extension`` by what goes into them, so that a changed kernel compiles
 only itself, and all Pythons share them.
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1].resolve()
 SOURCES = ROOT / "csrc"
 CACHE = ROOT / "build" / "extension"
 CPU_SOURCES = ("module.cpp", "cpu/dropout_mask.cpp", "cpu/library.cpp")
+HOST_MODULE_SOURCE = "host.cpp"  # of `_host`, a library by itself
 CUDA_SOURCES = (
     "library.cpp",
     "attention/attention.cpp",
@@ -134,6 +135,19 @@ class Library:
             *("-Xfatbin=-compress-all", "-Xptxas", "-v"),
         ]
 
+    @property
+    def _host_module_command(self) -> list:
+        """How the source of `_host` is compiled: for this Python alone."""
+        import pybind11
+
+        names, include = ",".join(self.tools.architectures), pybind11.get_include()
+        return [
+            *(*self.host_command, "-O2", "-DNDEBUG"),
+            *(f"-I{include}", f"-ffile-prefix-map={include}=pybind11"),
+            f'-DFUSEFORMER_ARCHS="{names}"',
+            f'-DFUSEFORMER_PYTHON="{sysconfig.get_config_var("SOABI")}"',
+        ]
+
     def build(self, target: Path) -> dict[str, list[dict]]:
         """Write the library, and return what was made of its kernels, as `record` writes it.
 
@@ -141,19 +155,34 @@ class Library:
         """
         _make_cache()
         work = [(name, self.host_command) for name in CPU_SOURCES]
+        work.insert(0, (HOST_MODULE_SOURCE, self._host_module_command))
         if self.tools.mode == "cuda":
             work += [(name, self.host_command) for name in CUDA_SOURCES]
             # First what takes longest.
             work = [(name, self.device_command) for name in KERNEL_SOURCES] + work
         with ThreadPoolExecutor(jobs()) as pool:
             made = list(pool.map(lambda item: self._compiled(*item), work))
-        self._link(target, [path for path, _ in made])
+        named = zip(work, made, strict=True)
+        self._link(target, [path for (name, _), (path, _) in named if name != HOST_MODULE_SOURCE])
         logs = "".join(log for _, log in made)
         return {"kernels": resources(logs), "spills": spills(logs)}
 
+    def build_host_module(self, target: Path) -> None:
+        """Write `_host`, from the object that `build` has made beside those of the library.
+
+        Raises `SystemExit`, having shown what the compiler said.
+        """
+        _make_cache()
+        path, _ = self._compiled(HOST_MODULE_SOURCE, self._host_module_command)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run("linking", [*self.tools.cxx, "-shared", path, "-s", "-o", target])
+
     def _without_places(self, command: list) -> list[str]:
         """Return a command that is the same wherever the sources, torch, CUDA and Python lie."""
+        import pybind11
+
         places = {
+            pybind11.get_include(): f"pybind11 {pybind11.__version__}",
             SOURCES: "csrc",
             self.tools.torch_include: "torch",
             self.tools.cuda_home: "cuda",
