@@ -14,7 +14,7 @@ WHEEL := $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --whe
 
 help:
 	@echo "make demo            pretrain, tune, judge and report, in minutes on two cores"
-	@echo "make test            the whole test suite, no GPU needed"
+	@echo "make test            the test suite, no GPU needed"
 	@echo "make test-sanitizers the CUDA C++ kernels under the compiler's sanitizers, on the CPU"
 	@echo "make sanitize        the kernels with all their options, executed on the CPU (an hour)"
 	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (half an hour)"
@@ -43,7 +43,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
 test-sanitizers: $(READY)
-	FUSEFORMER_SANITIZERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+	FUSEFORMER_SANITIZERS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
 		tests/test_emulated_sanitizers.py
 
 test-packaging: $(READY)

@@ -185,7 +185,7 @@ def nvcc() -> str:
 
 
 def compile_kernel(kernel: Kernel, architecture: int) -> bytes:
-    """Return the cubin of a kernel, made from PTX for sm_80 as a build makes it.
+    """Return the cubin of a kernel, made from PTX for sm_80 as a usual build makes it.
 
     Raises `RuntimeError` with what nvcc said.
     """

@@ -6,7 +6,6 @@ only itself, and all Pythons share them.
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -80,8 +79,7 @@ def _texts(source: Path) -> dict[str, str]:
 def _make_cache() -> None:
     try:
         CACHE.mkdir(parents=True, exist_ok=True)
-        (CACHE / f"{os.getpid()}.probe").touch()
-        (CACHE / f"{os.getpid()}.probe").unlink()
+        tempfile.TemporaryFile(dir=CACHE).close()
     except OSError as error:
         raise SystemExit(
             f"fuseformer: {CACHE} cannot be written ({error.strerror}): build from a copy of the "
@@ -137,15 +135,15 @@ class Library:
 
     @property
     def _host_module_command(self) -> list:
-        """How the source of `_host` is compiled: for this Python alone."""
+        """How the source of `_host` is compiled: for this Python alone, without torch or CUDA."""
         import pybind11
 
         names, include = ",".join(self.tools.architectures), pybind11.get_include()
         return [
-            *(*self.host_command, "-O2", "-DNDEBUG"),
-            *(f"-I{include}", f"-ffile-prefix-map={include}=pybind11"),
+            *(*self.tools.cxx, "-O2", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden"),
             f'-DFUSEFORMER_ARCHS="{names}"',
-            f'-DFUSEFORMER_PYTHON="{sysconfig.get_config_var("SOABI")}"',
+            *(f"-I{include}", f"-I{sysconfig.get_path('include')}"),
+            *(f"-ffile-prefix-map={SOURCES}=csrc", f"-ffile-prefix-map={include}=pybind11"),
         ]
 
     def build(self, target: Path) -> dict[str, list[dict]]:
@@ -186,10 +184,11 @@ class Library:
             SOURCES: "csrc",
             self.tools.torch_include: "torch",
             self.tools.cuda_home: "cuda",
-            Path(sysconfig.get_path("include")): "python",  # its limited interface alone is used
+            Path(sysconfig.get_path("include")): "python",
         }
         words = [str(word) for word in command]
-        for place, name in places.items():
+        # A place may lie in another.
+        for place, name in sorted(places.items(), key=lambda item: -len(str(item[0]))):
             if place is not None:
                 words = [word.replace(str(place), name) for word in words]
         return words
@@ -198,16 +197,19 @@ class Library:
         """Return the object of a source, and what its compiler said, made once for one input."""
         path = SOURCES / source
         tools = (self.tools.cxx_version, self.tools.torch_version, self.tools.cuda)
+        if source == HOST_MODULE_SOURCE:  # the others use Python's limited interface alone
+            tools = (self.tools.cxx_version, sysconfig.get_config_var("SOABI"), sys.version)
         text = repr((_texts(path), self._without_places(command), tools))
         key = hashlib.sha256(text.encode()).hexdigest()[:24]
         target = CACHE / f"{key}-{path.stem}.o"
         log = target.with_suffix(".log")
         if not log.exists():
             # What is interrupted leaves parts, which nobody takes for the whole.
-            part, said = (target.with_suffix(f".{os.getpid()}.{kind}") for kind in ("part", "said"))
-            said.write_text(run(f"compiling {source}", [*command, "-c", path, "-o", part]))
-            part.replace(target)
-            said.replace(log)
+            with tempfile.TemporaryDirectory(dir=CACHE, prefix="part-") as folder:
+                part, said = Path(folder) / "object", Path(folder) / "log"
+                said.write_text(run(f"compiling {source}", [*command, "-c", path, "-o", part]))
+                part.replace(target)
+                said.replace(log)
         return target, log.read_text()
 
     def _link(self, target: Path, objects: list[Path]) -> None:

@@ -157,6 +157,8 @@ def test_what_they_cannot_do_is_said(changes, said, usable):
         (120, ["80", "90", "100", "120+PTX"], True),
         (121, ["80", "120"], True),
         (130, ["80", "120+PTX"], True),
+        (110, ["80+PTX", "90", "100", "120"], True),
+        (121, ["80+PTX", "90", "100", "120"], True),
         (103, ["100"], True),
     ],
 )

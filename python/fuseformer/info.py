@@ -124,7 +124,7 @@ def describe() -> str:
 
 
 def describe_kernels(architecture: int) -> str:
-    """Return a table of the CUDA C++ attention kernels compiled for an architecture.
+    """Return a table of the CUDA C++ kernels with tiles compiled for an architecture.
 
     Raises `ValueError` where there are none.
     """
@@ -133,16 +133,20 @@ def describe_kernels(architecture: int) -> str:
             "kernels: got an installation without CUDA C++ kernels; build it with "
             "FUSEFORMER_BUILD=cuda"
         )
-    lines = [
-        f"{'':42}{'tile':>9}{'threads':>9}{'shared':>9}{'registers':>11}{'stack':>7}{'blocks':>8}"
-        f"{'occupancy':>11}"
+    rows = kernel_rows(architecture)
+    names = [
+        " ".join(filter(None, (r.which, r.dtype, str(r.size), r.activation, "dropout" * r.dropout)))
+        for r in rows
     ]
-    for row in kernel_rows(architecture):
-        words = [row.which, row.dtype, str(row.size), row.activation, "dropout" * row.dropout]
-        name = " ".join(word for word in words if word)
+    width = max(map(len, names)) + 1
+    lines = [
+        f"{'':{width}}{'tile':>8}{'threads':>9}{'shared':>9}{'registers':>11}{'stack':>7}"
+        f"{'blocks':>8}{'occupancy':>11}"
+    ]
+    for name, row in zip(names, rows, strict=True):
         tile = f"{row.block_m}x{row.block_n}"
         lines.append(
-            f"{name:42}{tile:>9}{row.threads:9}{row.shared_bytes:9}{row.registers:11}"
+            f"{name:{width}}{tile:>8}{row.threads:9}{row.shared_bytes:9}{row.registers:11}"
             f"{row.stack_bytes:7}{row.blocks:8}{row.occupancy:11.0%}"
         )
     return "\n".join(lines)

@@ -2,9 +2,9 @@
 
 Objects are kept under ``build/emulator`` by what goes into them, so that only what has changed is
 compiled, and two processes that want the same one share it. In "shadow" mode the kernels are
-compiled with hooks at every load and store; nothing else is. In "sanitized" mode all is compiled
-for AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python is:
-`sanitized` has the command.
+compiled with hooks at every load and store; nothing else is. In "sanitized" mode all but the
+bindings is compiled for AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded
+before Python is: `sanitized` has the command.
 """
 
 import fcntl
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -54,8 +55,7 @@ MODES = {
         "-fsanitize=bounds,shift,signed-integer-overflow,integer-divide-by-zero",
         "-fsanitize-undefined-trap-on-error",
     ],
-    # Bindings hide the types that checks of virtual tables would look for; null pointers and sizes
-    # of objects are seen as addresses, at half the time to compile.
+    # Null pointers and sizes of objects are seen as addresses, at half the time to compile.
     "sanitized": [
         *("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr,null,object-size"),
         *("-fno-sanitize-recover=all", "--param", "asan-instrumentation-with-call-threshold=0"),
@@ -120,16 +120,24 @@ def _precompiled_headers(flags: Sequence[str]) -> list[str | Path]:
     text = "".join(f"#include <{name}>\n" for name in STANDARD_HEADERS)
 
     def make(part: Path) -> None:
-        header = part.with_suffix(".h")
+        header = part.with_suffix("")  # beside which what is parsed will be looked for
         header.write_text(text)
         _run([_compiler(), *_FLAGS, *flags, "-x", "c++-header", header, "-o", part])
 
-    made = _kept("standard.h.gch", (text, flags, _FLAGS), make)
+    made = _kept("standard.h.gch", (text, flags, _FLAGS, _machine()), make)
     assert made is not None
-    header = made.with_suffix("")
-    if not header.exists():  # it is looked for first, the one that is parsed beside it
-        header.write_text(text)
-    return ["-include", header]
+    return ["-include", made.with_suffix("")]
+
+
+@cache
+def _machine() -> str:
+    """Return the compiler's version and what it takes this processor for."""
+    asked = [_compiler(), "-march=native", "-Q", "--help=target"]
+    said = [
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for command in ([_compiler(), "--version"], asked)
+    ]
+    return "".join(said)
 
 
 def _compiled(source: Path, flags: Sequence[str], sources: Path, *, wait: bool) -> Path | None:
@@ -137,7 +145,7 @@ def _compiled(source: Path, flags: Sequence[str], sources: Path, *, wait: bool) 
 
     Without `wait`, return None where another process is compiling it.
     """
-    inputs = (_texts(source, sources), flags, _FLAGS)
+    inputs = (_texts(source, sources), flags, _FLAGS, STANDARD_HEADERS, _machine())
 
     def make(part: Path) -> None:
         # Hundreds of variants of the kernels are compiled for shadow mode.

@@ -49,13 +49,18 @@ FEED_FORWARD = feed_forward_unit(
     *("few_rows_hidden", "few_rows_output"),
     text="""
 template <>
-const char* feed_forward_forward<Bfloat16>(const FeedForwardParams& params, int, Activation,
+const char* feed_forward_forward<Bfloat16>(const FeedForwardParams& params, int width, Activation,
                                            Stream stream) {
+  using Wide = FeedForwardConfig<Bfloat16, 128>;
+  if (width == 128) return launch_feed_forward<Wide, Activation::kRelu>(params, stream);
   return launch_feed_forward<FeedForwardConfig<Bfloat16, 64>, Activation::kGelu>(params, stream);
 }
 template <>
-const char* feed_forward_backward<Bfloat16>(const FeedForwardGradientParams& given, int,
+const char* feed_forward_backward<Bfloat16>(const FeedForwardGradientParams& given, int width,
                                             Stream stream) {
+  using Wide = FeedForwardBackwardConfig<Bfloat16, 128>;
+  using Relu = ActivationConstant<Activation::kRelu>;
+  if (width == 128) return launch_feed_forward_backward<Wide, Relu>(given, stream);
   using Traits = FeedForwardBackwardConfig<Bfloat16, 64>;
   return launch_feed_forward_backward<Traits, SmoothActivation>(given, stream);
 }
@@ -67,19 +72,22 @@ def _run_kernels() -> None:
     bf16 = torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:
         units = [Path(folder) / f"{name}.cpp" for name in ("attention", "feed_forward")]
-        units[0].write_text(attention_unit([64, 96, 128, 256], decode=True))
+        units[0].write_text(attention_unit([32, 64, 96, 128, 256], decode=True))
         units[1].write_text(FEED_FORWARD)
         attention = Kernels(build("sanitized", units[0]))
         feed_forward = Kernels(build_feed_forward("sanitized", units[1]))
-    for seed, (landing, architecture) in enumerate(zip(LANDINGS, (80, 86, 80), strict=True), 1):
-        attention.emulator.set_options(True, seed, landing, "exact", architecture)
+    for seed, landing in enumerate(LANDINGS, 1):
+        for architecture in (80, 86):
+            attention.emulator.set_options(True, seed, landing, "exact", architecture)
+            check_dense(attention, Case((1, 1), (65, 130), 128, bf16, key_lengths=(77,)))
+            check_dense(attention, Case((1, 1), (33, 70), 256, bf16, window=(20, 10)))
+        check_dense(attention, Case((1, 1), (63, 113), 32, bf16, dropout_p=0.2))
         check_dense(attention, Case((2, 1), (113, 70), 64, bf16, "top_left", 0.1))
-        check_dense(attention, Case((1, 1), (65, 130), 128, bf16, key_lengths=(77,)))
-        check_dense(attention, Case((1, 1), (33, 70), 256, bf16, window=(20, 10)))
         check_packed(attention, ((70, 33), (0, 5), (17, 0)), 96, bf16, "bottom_right", 0.2, 5)
         check_decode(attention, DecodeCase((4, 2), 2, 32, bf16, page_size=16))
         feed_forward.emulator.set_options(True, seed, landing, "exact", 80)
         check_feed_forward(feed_forward, FeedForwardCase((70, 64, 136, 64), "gelu", bf16, 0.2))
+        check_feed_forward(feed_forward, FeedForwardCase((70, 128, 136, 128), "relu", bf16))
         check_feed_forward(feed_forward, FeedForwardCase((33, 40, 104, 24), "silu", bf16))
         check_feed_forward(feed_forward, FeedForwardCase((5, 40, 72, 40), "relu", bf16))
         check_gated(feed_forward, GatedCase((33, 40, 72, 24), "silu", bf16, 0.2))
