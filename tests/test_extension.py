@@ -146,6 +146,31 @@ def test_only_stable_symbols_of_torch_are_used(installation):
     assert "libcudart" not in needed
 
 
+@pytest.mark.parametrize(
+    ("missing", "command", "said"),
+    [
+        (
+            "fuseformer._host",
+            "c.main(['info', '--kernels', '80'])",
+            "install fuseformer again with",
+        ),
+        ("triton", "c.main(['info'])", "the triton package is not installed"),
+        ("tokenizers", "c.main(['pretrain', '--output', 'run'])", 'pip install "fuseformer[tune]"'),
+    ],
+)
+def test_what_is_missing_is_said_when_it_is_asked_for(installation, missing, command, said):
+    code = (
+        f"import sys\nsys.modules[{missing!r}] = None\n"
+        "import torch, fuseformer as ff, fuseformer.cli as c\n"
+        "q = torch.randn(1, 2, 5, 8)\n"
+        "assert ff.attention(q, q, q).shape == q.shape\n"
+        "print('works')\n" + command
+    )
+    done = run(sys.executable, "-c", code, PYTHONPATH=str(installation))
+    assert done.stdout.startswith("works")
+    assert said in done.stdout + done.stderr
+
+
 def test_the_record_and_the_tables(installation):
     built = json.loads((installation / "fuseformer/_build.json").read_text())
     assert built["mode"] == "cuda"

@@ -55,10 +55,16 @@ def blocks_that_fit(architecture: int, threads: int, registers: int, shared_byte
 def kernel_rows(architecture: int) -> list[KernelRow]:
     """Return the kernels with tiles compiled for an architecture, 80 for sm_80.
 
-    Raises `ModuleNotFoundError` where the package was built without them, and `ValueError` for an
-    architecture that was not compiled.
+    Raises `ValueError` where `_host`, which knows their tiles, is missing, and for an architecture
+    that was not compiled.
     """
-    host = importlib.import_module("fuseformer._host")
+    try:
+        host = importlib.import_module("fuseformer._host")
+    except ImportError as error:
+        raise ValueError(
+            f"kernels: fuseformer._host cannot be imported ({error}): it is built for one Python, "
+            "install fuseformer again with this one"
+        ) from error
     tiles = {(row["kernel"], row["size"]): row for row in host.tiles()}
     rows = []
     for kernel in build()["kernels"]:
