@@ -135,13 +135,6 @@ BUGS = {
         PLAIN,
         BOUNDS,
     ),
-    "units that do not exist are not cleared": (
-        KERNEL,
-        "if (units < kBlockH) {",
-        "if (false) {",
-        PLAIN,
-        UNINITIALISED,
-    ),
     "the weight gradients do not begin at 0": (
         WARP,
         "dweight[tile][i][j] = 0.0f;",
@@ -193,8 +186,8 @@ BUGS = {
     ),
     "hidden units are stored where the swizzle does not look": (
         KERNEL,
-        "(warp.stored ^ 16 * i)",
-        "(warp.stored + 16 * i)",
+        "(stored ^ 16 * i)",
+        "(stored + 16 * i)",
         WHOLE,
         RACE,
     ),
@@ -214,8 +207,8 @@ BUGS = {
     ),
     "dx is added without an order": (
         KERNEL,
-        "if (thread == 0) wait_for_turn(given.turns + step, warp_first_unit() / kBlockH);",
-        "",
+        "    if (thread == 0) wait_for_turn(",
+        "    if (false) wait_for_turn(",
         PLAIN,
         "not waited for",
     ),
@@ -228,7 +221,7 @@ BUGS = {
     ),
     "the last turn is not passed on": (
         KERNEL,
-        "if (thread == 0 && first < end) pass_turn(given.turns + first);",
+        "if (thread == 0 && static_cast<int>(last_step) < end) pass_turn(given.turns + last_step);",
         "",
         PLAIN,
         TURN,
@@ -287,7 +280,7 @@ def test_a_planted_bug_is_caught(name, tmp_path):
 
 
 def test_units_that_do_not_exist_are_found_in_what_is_not_finite(tmp_path):
-    kernels = planted(tmp_path, KERNEL, "if (8 * i < warp_units) {", "if (true) {")
+    kernels = planted(tmp_path, KERNEL, "8 * i < warp_units ? packed : 0", "packed")
     with pytest.raises(AssertionError, match="dx"):
         check_infinite_gradient(kernels, 128)
 

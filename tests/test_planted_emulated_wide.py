@@ -74,8 +74,15 @@ BUGS = {
     ),
     "the next head begins before all have left this one": (
         KERNEL,
-        "    block_barrier();\n    if (given.dq_turns",
-        "    if (given.dq_turns",
+        "    block_barrier();\n    queries.pass_last_turn",
+        "    queries.pass_last_turn",
+        PLAIN,
+        RACE,
+    ),
+    "what steps have in common is read while that of the next head is written": (
+        KERNEL,
+        "    member = queries.next_member();\n    block_barrier();\n",
+        "    block_barrier();\n    member = queries.next_member();\n",
         PLAIN,
         RACE,
     ),

@@ -57,6 +57,7 @@ AttentionParams params_of(const AttentionArguments& a) {
   params.window_right = window_side("window_right", a.window_right);
   params.bottom_right = a.bottom_right;
   params.scale = positive_scale(a.scale);
+  params.scale_log2 = params.scale * 1.44269504f;
   if (a.seed.given) {
     require_dtype(a.seed, DType::kInt64);
     require_device(a.seed, a.q);

@@ -9,8 +9,6 @@
 // 2023.
 #pragma once
 
-#include "../device/atomic.h"
-#include "../device/philox.h"
 #include "key_block.h"
 #include "traits.h"
 
@@ -52,10 +50,9 @@ struct BackwardWarp {
     int warp;
 
     FUSEFORMER_DEVICE Place() {
-      uint32_t thread = threadIdx.x;
-      compute_again(thread);
+      const int thread = thread_again<Traits::kThreads>();
       lane = thread % 32;
-      warp = thread / 32 % Traits::kWarps;
+      warp = thread / 32;
     }
   };
 
@@ -187,7 +184,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using Element = typename Traits::Element;
   using Warp = BackwardWarp<Traits>;
   using Place = typename Warp::Place;
-  using Queries = QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes>;
+  // Whether the sums leave registers for what steps have in common. At 96 random words take them.
+  constexpr bool kFull = Traits::kHeadDim * Traits::kBlockM >= 8192;
+  using Queries = QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes,
+                             kFull || (kDropout && Traits::kHeadDim == 96)>;
   using Layout = Tile<Traits::kHeadDim>;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kKeyBytes = Warp::kKeyBytes, kQueryBytes = Warp::kQueryBytes;
@@ -226,10 +226,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
     }
   }
-  const float scale_log2 = params.scale * 1.44269504f;
 
-  for (int member = 0; member < params.group; ++member) {
-    const Queries queries(given, member);
+  for (int member = 0; member < params.group;) {
+    Queries queries(given, member);
     if (queries.kept().steps.count() == 0) break;  // so it is for all heads
 
     const auto begin_copies = [&](auto bounded, int step, int stage) {
@@ -242,14 +241,13 @@ __global__ void __launch_bounds__(Traits::kThreads)
       copy_async_commit();
     };
 
-    int stage = 0, added_to = -1;
+    int stage = 0;
     const auto add_step = [&](auto masked, int step, int next) {
       constexpr bool kMasked = decltype(masked)::value;
       // Everyone has left the last step, and this step's copies are in.
       copy_async_wait<0>();
       block_barrier();
-      if (given.dq_turns != nullptr && added_to >= 0 && thread == 0)
-        pass_turn(queries.turns(added_to));
+      queries.pass_last_turn();
       if constexpr (Traits::kStages == 2) {
         if (next >= 0) begin_copies(Constant<false>(), next, stage ^ 1);
       }
@@ -268,7 +266,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
       for (int i = 0; i < Warp::kQueryTiles; ++i) {
         FUSEFORMER_UNROLL
         for (int j = 0; j < 4; ++j) {
-          weights[i][j] = exp2_approximate(weights[i][j] * scale_log2 - row_values[8 * i + j % 2]);
+          weights[i][j] =
+              exp2_approximate(weights[i][j] * params.scale_log2 - row_values[8 * i + j % 2]);
         }
       }
       // Without dropout delta comes off for nothing: the products begin with it.
@@ -283,9 +282,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
       warp.multiply_transposed(dlogits, warp.v, shared + kKeyBytes,
                                shared + Warp::kDout + stage * kQueryBytes);
       if constexpr (kDropout) {
+        const Place again;
+        const int first_key = queries.kept().block.key + 16 * again.warp + again.lane / 4;
         const uint32_t kept = kept_transposed<Warp::kQueryTiles>(
-            queries.kept().seed, queries.kept().block.batch, queries.kept().head, row, key,
-            params.dropout_threshold);
+            queries.kept().seed, queries.kept().block.batch, queries.kept().head,
+            step * kBlockM + again.lane % 4 * 2, first_key, params.dropout_threshold);
         FUSEFORMER_UNROLL
         for (int i = 0; i < Warp::kQueryTiles; ++i) {
           FUSEFORMER_UNROLL
@@ -311,9 +312,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
       // Packed before the first product dS needs half the registers; behind it its store waits for
       // nothing.
-      if constexpr (Queries::kShared) warp.store(dlogit_operand);
+      if constexpr (kFull) warp.store(dlogit_operand);
       warp.add_product(warp.dv, weight_operand, shared + Warp::kDout + stage * kQueryBytes);
-      if constexpr (!Queries::kShared) warp.store(dlogit_operand);
+      if constexpr (!kFull) warp.store(dlogit_operand);
       warp.add_product(warp.dk, dlogit_operand, shared + Warp::kQueries + stage * kQueryBytes);
       if (given.dq_turns != nullptr && thread == 0) {
         wait_for_turn(queries.turns(step), queries.turn(step));
@@ -330,14 +331,14 @@ __global__ void __launch_bounds__(Traits::kThreads)
         FUSEFORMER_UNROLL
         for (int j = 0; j < 4; ++j) atomic_add(sums + (4 * i + j) * Traits::kThreads, dq[i][j]);
       }
-      if (given.dq_turns != nullptr) publish();
-      added_to = step;
+      queries.has_added_to(step);
       if constexpr (Traits::kStages == 2) stage ^= 1;
     };
     begin_copies(Constant<true>(), queries.kept().steps.at(0), 0);
     queries.for_each(add_step);
+    member = queries.next_member();
     block_barrier();
-    if (given.dq_turns != nullptr && thread == 0) pass_turn(queries.turns(added_to));
+    queries.pass_last_turn();
   }
 
   // Rows of dk and dv are gathered where keys and values have been; nobody reads those any more.

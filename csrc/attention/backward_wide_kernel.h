@@ -5,7 +5,6 @@
 // overwrite has been read, queries and dout each while two other products are computed.
 #pragma once
 
-#include "../device/atomic.h"
 #include "backward_wide_warp.h"
 #include "key_block.h"
 
@@ -66,10 +65,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
       copy_async_commit();
     }
   }
-  const float scale_log2 = params.scale * 1.44269504f;
 
-  for (int member = 0; member < params.group; ++member) {
-    const QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes> queries(given, member);
+  for (int member = 0; member < params.group;) {
+    QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes, true> queries(given, member);
     if (queries.kept().steps.count() == 0) break;  // so it is for all heads
 
     // A step has two groups of copies: queries with their lse, dout with delta.
@@ -84,15 +82,13 @@ __global__ void __launch_bounds__(Traits::kThreads)
       copy_async_commit();
     };
 
-    int added_to = -1;
     const auto add_step = [&](auto masked, int step, int next) {
       constexpr bool kMasked = decltype(masked)::value;
       // Everyone has left the last step, and the queries of this one are in; dout may be on its
       // way.
       copy_async_wait<1>();
       block_barrier();
-      if (given.dq_turns != nullptr && added_to >= 0 && thread == 0)
-        pass_turn(queries.turns(added_to));
+      queries.pass_last_turn();
       float weights[Warp::kKeyTiles][4] = {};
       warp.multiply_keys(weights, shared);
       const Place place;
@@ -109,7 +105,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
         for (int i = 0; i < Warp::kKeyTiles; ++i) {
           FUSEFORMER_UNROLL
           for (int j = 2 * half; j < 2 * half + 2; ++j) {
-            weights[i][j] = exp2_approximate(weights[i][j] * scale_log2 - lse);
+            weights[i][j] = exp2_approximate(weights[i][j] * params.scale_log2 - lse);
           }
         }
       }
@@ -162,15 +158,15 @@ __global__ void __launch_bounds__(Traits::kThreads)
           }
         }
       }
-      if (given.dq_turns != nullptr) publish();
-      added_to = step;
+      queries.has_added_to(step);
     };
     const int first = queries.kept().steps.at(0);
     begin_queries(Constant<true>(), first);
     begin_dout(Constant<true>(), first);
     queries.for_each(add_step);
+    member = queries.next_member();
     block_barrier();
-    if (given.dq_turns != nullptr && thread == 0) pass_turn(queries.turns(added_to));
+    queries.pass_last_turn();
   }
 
   // Rows of dk and dv are gathered where all else has been; nobody reads that any more.

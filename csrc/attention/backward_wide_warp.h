@@ -55,9 +55,7 @@ struct WideBackwardWarp {
     int head_group;
 
     FUSEFORMER_DEVICE Place() {
-      uint32_t thread = threadIdx.x;
-      compute_again(thread);
-      const int warp = thread / 32 % Traits::kWarps;
+      const int thread = thread_again<Traits::kThreads>(), warp = thread / 32;
       lane = thread % 32;
       row = warp % kRowTiles * 16;
       column_group = warp / kRowTiles;

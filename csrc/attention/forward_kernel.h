@@ -117,6 +117,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using Layout = Tile<Traits::kHeadDim>;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kTileBytes = kBlockN * Layout::kRowBytes;
+  // Whether random words, or the output, leave no registers for what all steps have in common.
+  constexpr bool kComputesAgain = !Warp::kKeepQueries || (kDropout && Warp::kRowTiles > 1);
 
   const int blocks = (params.queries + kBlockM - 1) / kBlockM;
   const int batch = blockIdx.x / (blocks * params.heads);
@@ -134,8 +136,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   };
   const char* k_rows = rows_of(params.k, head / params.group, sequence.first_key);
   const char* v_rows = rows_of(params.v, head / params.group, sequence.first_key);
-  const TileCopy<Traits::kHeadDim, kBlockN, Traits::kThreads> k_copy(thread, params.k.row_stride);
-  const TileCopy<Traits::kHeadDim, kBlockN, Traits::kThreads> v_copy(thread, params.v.row_stride);
+  using KeyCopy = TileCopy<Traits::kHeadDim, kBlockN, Traits::kThreads>;
+  const KeyCopy k_copy(thread, params.k.row_stride), v_copy(thread, params.v.row_stride);
   const int64_t k_step = 2 * kBlockN * params.k.row_stride;
   const int64_t v_step = 2 * kBlockN * params.v.row_stride;
 
@@ -170,9 +172,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
   warp.softmax.clear();
+  const float scale_log2 = params.scale_log2;
   PhiloxKey seed{0, 0};
   if constexpr (kDropout) seed = seed_of(params.seed);
-  const float scale_log2 = params.scale * 1.44269504f;
   if constexpr (Warp::kKeepQueries) {
     copy_async_wait<0>();
     block_barrier();
@@ -189,23 +191,31 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const auto attend = [&](auto masked, int index, int step, int next) {
     constexpr bool kMasked = decltype(masked)::value;
     const bool more = index + 1 < steps.count();
+    const int copier = kDropout ? thread_again<Traits::kThreads>() : thread % Traits::kThreads;
+    const KeyCopy k_next = kComputesAgain ? KeyCopy(copier, params.k.row_stride) : k_copy;
+    const KeyCopy v_next = kComputesAgain ? KeyCopy(copier, params.v.row_stride) : v_copy;
     // Everyone has left the last step: what it read may be overwritten, this step's copies are in.
     copy_async_wait<0>();
     block_barrier();
     if constexpr (Traits::kStages == 2) {
       if (more) {
         const int other = (stage ^ 1) * kTileBytes;
-        k_copy.begin(k_tile + other, k_rows + next * k_step);
-        v_copy.begin(v_tile + other, v_rows + next * v_step);
+        k_next.begin(k_tile + other, k_rows + next * k_step);
+        v_next.begin(v_tile + other, v_rows + next * v_step);
         copy_async_commit();
       }
     } else {
       if (kMasked && index == 0) {
-        v_copy.begin_bounded(v_tile, v_rows + step * v_step, sequence.key_end - step * kBlockN);
+        v_next.begin_bounded(v_tile, v_rows + step * v_step, sequence.key_end - step * kBlockN);
       } else {
-        v_copy.begin(v_tile, v_rows + step * v_step);
+        v_next.begin(v_tile, v_rows + step * v_step);
       }
       copy_async_commit();
+    }
+    if constexpr (!Warp::kKeepQueries) {
+      warp.q_addresses.compute_phases_again();
+      warp.k_addresses.compute_phases_again();
+      warp.v_addresses.compute_phases_again();
     }
     float weights[Warp::kRowTiles][Warp::kKeyTiles][4] = {};
     warp.multiply_keys(weights, stage * kTileBytes);
@@ -213,7 +223,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       copy_async_wait<0>();
       block_barrier();
       if (more) {
-        k_copy.begin(k_tile, k_rows + next * k_step);
+        k_next.begin(k_tile, k_rows + next * k_step);
         copy_async_commit();
       }
     }
@@ -226,7 +236,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
     warp.softmax.template take<kMasked>(weights, warp.out, scale_log2);
     if constexpr (kDropout) {
-      drop(weights, seed, batch, head, lane_row, key, params.dropout_threshold);
+      const int place = kComputesAgain ? thread_again<Traits::kThreads>() : thread;
+      const int row = block_row + place / 32 * Warp::kRowTiles * 16 + place % 32 / 4;
+      drop(weights, seed, batch, head, row, step * kBlockN + place % 4 * 2,
+           params.dropout_threshold);
     }
     warp.multiply_values(weights, stage * kTileBytes);
     if constexpr (Traits::kStages == 2) stage ^= 1;

@@ -4,6 +4,7 @@
 // Their sums leave few registers. What a step does not need is computed again where it is used.
 #pragma once
 
+#include "../device/atomic.h"
 #include "../device/philox.h"
 #include "../device/tile.h"
 #include "mask.h"
@@ -45,7 +46,7 @@ FUSEFORMER_DEVICE KeyBlock key_block(const AttentionParams& params) {
 // The steps of queries of one head that a block of keys takes. What they have in common is kept in
 // registers or, where the sums leave none, in shared memory at `kPlace`: one thread writes it, a
 // step reads what it needs.
-template <typename Traits, int kPlace>
+template <typename Traits, int kPlace, bool kShared>
 struct QuerySteps {
   static constexpr int kBlockM = Traits::kBlockM;
 
@@ -57,9 +58,9 @@ struct QuerySteps {
     const char* dout_rows;
     Steps steps;
     PhiloxKey seed;  // of dropout
+    int added_to;    // the last step whose dq has been added to, or -1
   };
   static_assert(sizeof(Kept) <= kKeptBytes && kPlace % alignof(Kept) == 0);
-  static constexpr bool kShared = Traits::kHeadDim * Traits::kBlockM >= 8192;
 
   const AttentionGradientParams& given;
   Kept at;
@@ -76,15 +77,33 @@ struct QuerySteps {
     at.dout_rows = at.block.rows_of(all.dout, at.head, sequence.first_query);
     at.steps = query_steps<kBlockM, Traits::kBlockN>(params, sequence, at.block.key);
     at.seed = params.seed == nullptr ? PhiloxKey{0, 0} : seed_of(params.seed);
+    at.added_to = -1;
     if constexpr (kShared) {
-      if (threadIdx.x == 0) *reinterpret_cast<Kept*>(dynamic_shared() + kPlace) = at;
+      if (threadIdx.x == 0) place() = at;
       block_barrier();
     }
   }
 
   FUSEFORMER_DEVICE const Kept& kept() const {
-    if constexpr (kShared) return *reinterpret_cast<const Kept*>(dynamic_shared() + kPlace);
+    if constexpr (kShared) return place();
     return at;
+  }
+
+  // The place in its group of the head after this one.
+  FUSEFORMER_DEVICE int next_member() const { return kept().head % given.forward.group + 1; }
+
+  // Only the first thread of the block passes turns: for it alone is what it has added to.
+  FUSEFORMER_DEVICE void pass_last_turn() const {
+    if (given.dq_turns == nullptr || threadIdx.x != 0) return;
+    if (const int step = kept().added_to; step >= 0) pass_turn(turns(step));
+  }
+  FUSEFORMER_DEVICE void has_added_to(int step) {
+    if (given.dq_turns != nullptr) publish();
+    if constexpr (!kShared) {
+      at.added_to = step;
+    } else if (threadIdx.x == 0) {
+      place().added_to = step;
+    }
   }
 
   // What counts the blocks that have added to a step, and how many go before this one.
@@ -114,32 +133,26 @@ struct QuerySteps {
   // Calls `take(masked, step, next)` for each step in its order, `next` being -1 for the last one.
   template <typename Function>
   FUSEFORMER_DEVICE void for_each(Function&& take) const {
-    const auto first_full = [&] {
-      const Steps& steps = kept().steps;
-      return steps.full_end > steps.full_begin ? steps.full_end - 1 : -1;
-    };
     int step = kept().steps.at(0);
-    for (int left = kept().steps.masked(); left > 0; --left) {
-      const Steps& steps = kept().steps;
-      const int below = (step == steps.full_end ? steps.full_begin : step) - 1;
-      const int next = left == 1 ? first_full() : below;
-      take(Constant<true>(), step, next);
-      step = next;
+    while (step >= 0 && !kept().steps.is_full(step)) {
+      take(Constant<true>(), step, kept().steps.after_masked(step));
+      step = kept().steps.after_masked(step);
     }
-    for (step = first_full(); step >= 0;) {
-      const int next = step > kept().steps.full_begin ? step - 1 : -1;
-      take(Constant<false>(), step, next);
-      step = next;
+    while (step >= 0) {
+      take(Constant<false>(), step, kept().steps.after_full(step));
+      step = kept().steps.after_full(step);
     }
   }
 
  private:
+  FUSEFORMER_DEVICE static Kept& place() {
+    return *reinterpret_cast<Kept*>(dynamic_shared() + kPlace);
+  }
+
   template <bool kBounded>
   FUSEFORMER_DEVICE void begin(const HeadTensor& tensor, const char* from, SharedAddress rows,
                                const float* values, SharedAddress row_values, int step) const {
-    uint32_t thread = threadIdx.x;
-    compute_again(thread);
-    thread %= Traits::kThreads;
+    const int thread = thread_again<Traits::kThreads>();
     const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> copy(thread, tensor.row_stride);
     from += 2 * step * kBlockM * tensor.row_stride;
     if constexpr (kBounded) {

@@ -45,6 +45,16 @@ struct Steps {
   FUSEFORMER_DEVICE int masked() const { return end - full_end + full_begin - begin; }
   FUSEFORMER_DEVICE int count() const { return end - begin; }
 
+  FUSEFORMER_DEVICE bool is_full(int step) const { return step >= full_begin && step < full_end; }
+
+  // The step that is taken after one that hides something, or -1; the same after one that does not.
+  FUSEFORMER_DEVICE int after_masked(int step) const {
+    const int below = (step == full_end ? full_begin : step) - 1;
+    if (below >= begin) return below;
+    return full_end > full_begin ? full_end - 1 : -1;
+  }
+  FUSEFORMER_DEVICE int after_full(int step) const { return step > full_begin ? step - 1 : -1; }
+
   // The step that is taken at place `index`.
   FUSEFORMER_DEVICE int at(int index) const {
     const int step = end - 1 - index;

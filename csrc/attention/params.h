@@ -42,7 +42,8 @@ struct AttentionParams {
   int window_right;
   bool bottom_right;
 
-  float scale;  // of the products, positive
+  float scale;       // of the products, positive
+  float scale_log2;  // the same in the units of exp2
 
   const int64_t* seed;  // of dropout, on the device: a captured graph may change it
   uint32_t dropout_threshold;

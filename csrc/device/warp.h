@@ -47,6 +47,15 @@ inline uint32_t multiply_high(uint32_t a, uint32_t b) {
 
 #endif
 
+// The number of the thread, computed again: what follows from it is not kept in registers that are
+// needed.
+template <int kThreads>
+FUSEFORMER_DEVICE int thread_again() {
+  uint32_t thread = threadIdx.x;
+  compute_again(thread);
+  return static_cast<int>(thread % kThreads);
+}
+
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
 // The maximum, or the sum, over the four lanes that hold one row of an accumulator.

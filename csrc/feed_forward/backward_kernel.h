@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     feed_forward_backward_kernel(const FeedForwardGradientParams given) {
   using Element = typename Traits::Element;
   using Warp = FeedForwardBackwardWarp<Traits>;
+  using Place = typename Warp::Place;
   constexpr int kBlockM = Traits::kBlockM, kBlockH = Traits::kBlockH, kWidth = Traits::kWidth;
   constexpr int kThreads = Traits::kThreads;
 
@@ -33,9 +34,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
   const int thread = threadIdx.x, lane = thread % 32, index = thread / 32;
   const int warp_unit = index % Traits::kUnitWarps * Warp::kUnitTiles * 8;
-  const int lane_unit = warp_unit + lane % 4 * 2;
   const int warp_units = units - warp_unit;  // that exist
-  const auto warp_first_unit = [&] { return params.hidden - warp_units; };
   const SharedAddress shared = shared_address(dynamic_shared());
   const SharedAddress token_tile = shared + Traits::kTokenOffset;
   const SharedAddress dy_tile = shared + Traits::kDyOffset;
@@ -53,12 +52,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
         shared, static_cast<const char*>(params.w1) + int64_t{2} * block_unit * kWidth, units);
     w2_copy.begin_narrow(shared + Traits::kWeightBytes,
                          static_cast<const char*>(params.w2.data) + 2 * block_unit, units);
-    // Units that do not exist are never written: they are 0 where dy is infinite, too.
-    if (units < kBlockH) {
-      for (int chunk = thread; chunk < 2 * Traits::kHiddenBytes / 16; chunk += kThreads) {
-        copy_async_16_or_zero(shared + Traits::kHiddenOffset + 16 * chunk, params.w1, false);
-      }
-    }
     // Only the last step may reach past the last token: steps are taken from the end.
     if (first < end) {
       const int tokens = params.tokens - (end - 1) * kBlockM;
@@ -80,9 +73,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const auto begin_next = [&](int step, int to) {
     const bool more = step > first;
     // What the copies of a thread are is computed in each step: there are no registers to keep it.
-    uint32_t again = threadIdx.x;
-    compute_again(again);
-    const TokenCopy x_copy(again, params.x.row_stride), dy_copy(again, given.dy.row_stride);
+    const int copier = thread_again<kThreads>();
+    const TokenCopy x_copy(copier, params.x.row_stride), dy_copy(copier, given.dy.row_stride);
     x_copy.begin_if(token_tile + to, rows_of(params.x, step - 1) + x_copy.start, more);
     dy_copy.begin_if(dy_tile + to, rows_of(given.dy, step - 1) + dy_copy.start, more);
     copy_async_commit();
@@ -103,15 +95,15 @@ __global__ void __launch_bounds__(Traits::kThreads)
       for (int j = 0; j < 4; ++j) atomic_add(sums + (place + j) * kThreads, dx[tile][column][j]);
     }
   };
-  // Keeps the lane's units of a tile for other warps. Such as do not exist stay 0.
-  const auto store = [&](const float (&values)[4], int tile, int i, int offset) {
+  // Keeps the lane's units of a tile for other warps: those of a tile lie `stored` bytes and
+  // further. Such as do not exist are 0 where dy is infinite, too.
+  const auto store = [&](const float (&values)[4], int tile, int i, int stored) {
     FUSEFORMER_UNROLL
     for (int half = 0; half < 2; ++half) {
-      if (8 * i < warp_units) {
-        *reinterpret_cast<uint32_t*>(dynamic_shared() + (warp.stored ^ 16 * i) + offset +
-                                     (16 * tile + 8 * half) * Tile<kBlockH>::kRowBytes) =
-            pack<Element>(values[2 * half], values[2 * half + 1]);
-      }
+      const uint32_t packed = pack<Element>(values[2 * half], values[2 * half + 1]);
+      *reinterpret_cast<uint32_t*>(dynamic_shared() + (stored ^ 16 * i) +
+                                   (16 * tile + 8 * half) * Tile<kBlockH>::kRowBytes) =
+          8 * i < warp_units ? packed : 0;
     }
   };
   for (int step = end - 1; step >= first; --step) {
@@ -123,16 +115,25 @@ __global__ void __launch_bounds__(Traits::kThreads)
     warp.compute_addresses_again();
 
     uint32_t kept = 0;
-    if constexpr (kDropout) {
+    using Decisions = UnitDecisions<Warp::kRowTiles, Warp::kUnitTiles>;
+    const auto decisions = [&] {
       // Neither the seed nor the lane's place is kept from step to step.
-      uint32_t again = threadIdx.x;
-      compute_again(again);
-      const int row = again / 32 / Traits::kUnitWarps * Warp::kRowTiles * 16 + again % 32 / 4;
-      kept = kept_units<Warp::kRowTiles, Warp::kUnitTiles>(
-          seed_of(params.seed), step * kBlockM + row, warp_first_unit() + again % 4 * 2,
-          params.dropout_threshold);
+      const Place place;
+      uint32_t left = warp_units;
+      compute_again(left);
+      const int unit = params.hidden - static_cast<int>(left) + place.lane % 4 * 2;
+      return Decisions{seed_of(params.seed), step * kBlockM + place.row(), unit,
+                       params.dropout_threshold};
+    };
+    // The few draws of one row come first; those of more are made one by one while products run:
+    // together they would take too many registers.
+    constexpr bool kDrawsFirst = Warp::kRowTiles == 1;
+    if constexpr (kDropout && kDrawsFirst) {
+      FUSEFORMER_UNROLL
+      for (int draw = 0; draw < Decisions::kDraws; ++draw) decisions().keep(draw, kept);
     }
     float hidden[Warp::kRowTiles][Warp::kUnitTiles][4];
+    const int lane_unit = Place().unit();
     FUSEFORMER_UNROLL
     for (int i = 0; i < Warp::kUnitTiles; ++i) {
       FUSEFORMER_UNROLL
@@ -141,7 +142,16 @@ __global__ void __launch_bounds__(Traits::kThreads)
         for (int j = 0; j < 4; ++j) hidden[tile][i][j] = biases[lane_unit + 8 * i + j % 2];
       }
     }
-    warp.multiply_tokens(hidden, stage);
+    warp.multiply_tokens(hidden, stage, [&](int width_step, const auto&) {
+      if constexpr (kDropout && !kDrawsFirst) {
+        warp.share(Decisions::kDraws, width_step, [&](int draw) {
+          uint32_t drawn = 0;
+          decisions().keep(draw, drawn);
+          kept |= drawn;
+        });
+      }
+    });
+    const int stored = Place().stored();
     const auto activate_tile = [&](auto kind, int place) {
       const int tile = place / Warp::kUnitTiles, i = place % Warp::kUnitTiles;
       float values[4];
@@ -151,7 +161,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
         values[j] = activate_with_slope<decltype(kind)::value>(slope, slope);
         if (kDropout && !(kept >> (4 * place + j) & 1)) values[j] = slope = 0.0f;
       }
-      store(values, tile, i, 0);
+      store(values, tile, i, stored);
     };
     // One activation is computed while products run, a choice of them before: it is made once.
     constexpr int kTiles = Warp::kRowTiles * Warp::kUnitTiles;
@@ -163,13 +173,14 @@ __global__ void __launch_bounds__(Traits::kThreads)
       });
     }
     float dhidden[Traits::kDyParts][Warp::kDyPartTiles][Warp::kUnitTiles][4] = {};
+    const int stored_gradient = Place().stored() + Traits::kHiddenBytes;
     const auto finish_tile = [&](int part, int place) {
       const int tile = place / Warp::kUnitTiles, i = place % Warp::kUnitTiles;
       float (&gradient)[4] = dhidden[part][tile][i];
       const int row_tile = part * Warp::kDyPartTiles + tile;
       FUSEFORMER_UNROLL
       for (int j = 0; j < 4; ++j) gradient[j] *= hidden[row_tile][i][j];
-      store(gradient, row_tile, i, Traits::kHiddenBytes);
+      store(gradient, row_tile, i, stored_gradient);
     };
     constexpr int kPartTiles = Warp::kDyPartTiles * Warp::kUnitTiles;
     FUSEFORMER_UNROLL
@@ -187,7 +198,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
     FUSEFORMER_UNROLL
     for (int place = 0; place < kPartTiles; ++place) finish_tile(Traits::kDyParts - 1, place);
-    if (thread == 0) wait_for_turn(given.turns + step, warp_first_unit() / kBlockH);
+    if (thread == 0) wait_for_turn(given.turns + step, (params.hidden - warp_units) / kBlockH);
     block_barrier();
     float dx[Traits::kDxParts][Warp::kDxRowTiles][Warp::kDxPartTiles][4] = {};
     const auto nothing = [](int, const auto&) {};
@@ -208,7 +219,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
     publish();
   }
   block_barrier();
-  if (thread == 0 && first < end) pass_turn(given.turns + first);
+  uint32_t last_step = first;
+  compute_again(last_step);
+  if (thread == 0 && static_cast<int>(last_step) < end) pass_turn(given.turns + last_step);
 
   write_sums(given, warp);
 }

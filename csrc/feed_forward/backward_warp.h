@@ -29,8 +29,6 @@ struct FeedForwardBackwardWarp {
   WidthAddresses w1_rows;        // operand B of dx
   UnitAddresses hidden_columns;  // operand A of the weight gradient: dh, or a
   WidthAddresses token_columns;  // operand B of it: tokens, or dy
-  uint32_t stored;               // offset in shared memory of the lane's first hidden units
-  uint32_t bias_sums;            // the same of the sums of the bias
 
   FUSEFORMER_DEVICE FeedForwardBackwardWarp(SharedAddress shared, int index, int lane) {
     const int token_warp = index / Traits::kUnitWarps, unit_warp = index % Traits::kUnitWarps;
@@ -42,8 +40,6 @@ struct FeedForwardBackwardWarp {
     token_rows = WidthAddresses::in_row_order(tokens + row * kWidthRow, lane);
     w1_columns = WidthAddresses::in_column_order(shared + unit * kWidthRow, lane);
     w2_rows = UnitAddresses::in_row_order(shared + Traits::kWeightBytes, lane, unit / 16);
-    stored = Traits::kHiddenOffset + Tile<Traits::kBlockH>::offset(row + lane / 4, unit / 8) +
-             lane % 4 * 4;
 
     const int dx_row = index % Traits::kDxRowWarps * kDxRowTiles * 16;
     dhidden_rows =
@@ -59,7 +55,6 @@ struct FeedForwardBackwardWarp {
     token_columns = WidthAddresses::in_row_order(
         tokens + (of_dy ? Traits::kDyOffset - Traits::kTokenOffset : 0), lane,
         place / Traits::kWeightRowWarps * kWeightColumnTiles / 2);
-    bias_sums = Traits::kBiasSumOffset + 4 * (index * kBiasTiles * 16 + lane / 4);
     FUSEFORMER_UNROLL
     for (int tile = 0; tile < kWeightRowTiles; ++tile) {
       FUSEFORMER_UNROLL
@@ -84,13 +79,39 @@ struct FeedForwardBackwardWarp {
     w1_rows.compute_phases_again();
     hidden_columns.compute_phases_again();
     token_columns.compute_phases_again();
-    compute_again(stored);
-    compute_again(bias_sums);
   }
 
+  // What follows from the number of the thread, and is computed where it is used: the sums leave no
+  // registers to keep it in.
+  struct Place {
+    int lane;
+    int index;
+
+    FUSEFORMER_DEVICE Place() {
+      const int thread = thread_again<Traits::kThreads>();
+      lane = thread % 32;
+      index = thread / 32;
+    }
+
+    // The lane's first token of a step, and first hidden unit of the block.
+    FUSEFORMER_DEVICE int row() const {
+      return index / Traits::kUnitWarps * kRowTiles * 16 + lane / 4;
+    }
+    FUSEFORMER_DEVICE int unit() const {
+      return index % Traits::kUnitWarps * kUnitTiles * 8 + lane % 4 * 2;
+    }
+    // Where these lie in shared memory.
+    FUSEFORMER_DEVICE int stored() const {
+      return Traits::kHiddenOffset + Tile<Traits::kBlockH>::offset(row(), unit() / 8) +
+             lane % 4 * 4;
+    }
+  };
+
   // The sum over tokens of unit lane / 4, or the one that is eight further, of a tile.
-  FUSEFORMER_DEVICE float* bias_sum(int tile, int half) const {
-    return reinterpret_cast<float*>(dynamic_shared() + bias_sums) + 16 * tile + 8 * half;
+  static FUSEFORMER_DEVICE float* bias_sum(int tile, int half) {
+    const Place place;
+    return reinterpret_cast<float*>(dynamic_shared() + Traits::kBiasSumOffset) +
+           place.index * kBiasTiles * 16 + place.lane / 4 + 16 * tile + 8 * half;
   }
 
   // sums += a @ b, a and b being what the functions load for a tile of rows, or a pair of tiles of
@@ -117,7 +138,7 @@ struct FeedForwardBackwardWarp {
     }
   }
 
-  // Calls `function` with each tile that falls to a step, of `count` tiles, of a product with the
+  // Calls `function` with each number below `count` that falls to a step of a product with the
   // width.
   template <typename Function>
   static FUSEFORMER_DEVICE void share(int count, int step, const Function& function) {
@@ -130,14 +151,16 @@ struct FeedForwardBackwardWarp {
   }
 
   // hidden += x @ w1.T
-  FUSEFORMER_DEVICE void multiply_tokens(float (&hidden)[kRowTiles][kUnitTiles][4], int stage) {
+  template <typename Between>
+  FUSEFORMER_DEVICE void multiply_tokens(float (&hidden)[kRowTiles][kUnitTiles][4], int stage,
+                                         const Between& between) {
     multiply<Traits::kWidth / 16>(
         hidden,
         [&](uint32_t (&a)[4], int tile, int step) {
           ldmatrix_x4(a, token_rows.at(tile, step) + stage);
         },
         [&](uint32_t (&b)[4], int pair, int step) { ldmatrix_x4(b, w1_columns.at(pair, step)); },
-        [](int, const auto&) {});
+        between);
   }
 
   // dhidden += dy @ w2, for a part of the warp's tokens.
@@ -220,11 +243,11 @@ FUSEFORMER_DEVICE void write_sums(const FeedForwardGradientParams& given,
   using Warp = FeedForwardBackwardWarp<Traits>;
   constexpr int kWidth = Traits::kWidth;
   // Computed again: the loop has no registers for it.
-  uint32_t thread = threadIdx.x, block = blockIdx.x;
-  compute_again(thread);
+  uint32_t block = blockIdx.x;
   compute_again(block);
   const auto [block_unit, split] = unit_block<Traits>(given, static_cast<int>(block));
-  const int lane = thread % 32, index = thread / 32, units = given.forward.hidden - block_unit;
+  const auto [lane, index] = typename Warp::Place();
+  const int units = given.forward.hidden - block_unit;
   const bool of_dy = index / Traits::kWeightWarps;
   const int place = index % Traits::kWeightWarps;
   const int row = place % Traits::kWeightRowWarps * Warp::kWeightRowTiles * 16 + lane / 4;
@@ -247,7 +270,7 @@ FUSEFORMER_DEVICE void write_sums(const FeedForwardGradientParams& given,
         }
       }
       if (tile < Warp::kBiasTiles && !of_dy && lane % 4 == 0) {
-        bias_sums[unit] = *warp.bias_sum(tile, half);
+        bias_sums[unit] = *Warp::bias_sum(tile, half);
       }
     }
   }

@@ -77,8 +77,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
   constexpr int kBlockM = Traits::kBlockM, kBlockH = Traits::kBlockH;
   constexpr int kWidth = Traits::kWidth, kThreads = Traits::kThreads;
 
+  // Whether random words leave no registers for what all steps have in common.
+  constexpr bool kComputesAgain = kDropout && kWidth > 128;
   const int block_row = blockIdx.x * kBlockM;
-  const int thread = threadIdx.x, lane = thread % 32, warp_row = thread / 32 * Warp::kRowTiles * 16;
+  const int thread = kComputesAgain ? threadIdx.x % kThreads : threadIdx.x, lane = thread % 32,
+            warp_row = thread / 32 * Warp::kRowTiles * 16;
   const int lane_row = block_row + warp_row + lane / 4, lane_column = lane % 4 * 2;
   const char* w1_rows = static_cast<const char*>(params.w1);
   const char* w2_rows = static_cast<const char*>(params.w2.data);
@@ -122,9 +125,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
   PhiloxKey seed{0, 0};
-  if constexpr (kDropout) {
-    seed = seed_of(params.seed);
-  }
+  if constexpr (kDropout && !kComputesAgain) seed = seed_of(params.seed);
   const auto x_addresses =
       LaneAddresses<kWidth>::in_row_order(tokens + warp_row * TokenLayout::kRowBytes, lane);
   copy_async_wait<0>();
@@ -182,7 +183,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
     }
     if constexpr (kDropout) {
-      drop_units(hidden, seed, lane_row, step * kBlockH + lane_column, params.dropout_threshold);
+      const int place = kComputesAgain ? thread_again<kThreads>() : thread;
+      const int row = block_row + place / 32 * Warp::kRowTiles * 16 + place % 32 / 4;
+      drop_units(hidden, kComputesAgain ? seed_of(params.seed) : seed, row,
+                 step * kBlockH + place % 4 * 2, params.dropout_threshold);
     }
     warp.multiply_hidden(hidden);
     const int turn = stage == 0 ? Traits::kStageBytes : -Traits::kStageBytes;
