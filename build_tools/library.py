@@ -6,7 +6,9 @@ only itself, and all Pythons share them.
 
 import hashlib
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -62,6 +64,11 @@ def run(what: str, command: list) -> str:
     return done.stdout
 
 
+def flags(name: str) -> list[str]:
+    """Return the arguments of a compiler or linker that a variable of the environment has."""
+    return shlex.split(os.environ.get(name, ""))
+
+
 def _texts(source: Path) -> dict[str, str]:
     """Return a source and the project's headers that it includes, others through them too."""
     found: dict[str, str] = {}
@@ -106,6 +113,7 @@ class Library:
             *(*self.tools.cxx, "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", _TARGET),
             *self.paths,
             *(f"-I{path}" for path in includes),
+            *flags("CXXFLAGS"),
         ]
 
     @property
@@ -144,6 +152,7 @@ class Library:
             f'-DFUSEFORMER_ARCHS="{names}"',
             *(f"-I{include}", f"-I{sysconfig.get_path('include')}"),
             *(f"-ffile-prefix-map={SOURCES}=csrc", f"-ffile-prefix-map={include}=pybind11"),
+            *flags("CXXFLAGS"),
         ]
 
     def build(self, target: Path) -> dict[str, list[dict]]:
@@ -173,7 +182,8 @@ class Library:
         _make_cache()
         path, _ = self._compiled(HOST_MODULE_SOURCE, self._host_module_command)
         target.parent.mkdir(parents=True, exist_ok=True)
-        run("linking", [*self.tools.cxx, "-shared", path, "-s", "-o", target])
+        command = [*self.tools.cxx, "-shared", path, "-s", *flags("LDFLAGS"), "-o", target]
+        run("linking", command)
 
     def _without_places(self, command: list) -> list[str]:
         """Return a command that is the same wherever the sources, torch, CUDA and Python lie."""
@@ -193,15 +203,24 @@ class Library:
                 words = [word.replace(str(place), name) for word in words]
         return words
 
+    def _key(self, source: str, command: list) -> str:
+        """Return a name for what goes into the object of a source."""
+        path = SOURCES / source
+        tools = [self.tools.cxx_version]
+        if source == HOST_MODULE_SOURCE:  # the others use Python's limited interface alone
+            tools += [sysconfig.get_config_var("SOABI"), sys.version]
+        else:
+            tools += [self.tools.torch_version, self.tools.nvcc_version]
+        if path.suffix == ".cu":
+            # Arguments that nvcc takes from the environment, by itself.
+            tools += [os.environ.get(f"NVCC_{where}_FLAGS", "") for where in ("PREPEND", "APPEND")]
+        text = repr((_texts(path), self._without_places(command), tools))
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
     def _compiled(self, source: str, command: list) -> tuple[Path, str]:
         """Return the object of a source, and what its compiler said, made once for one input."""
         path = SOURCES / source
-        tools = (self.tools.cxx_version, self.tools.torch_version, self.tools.cuda)
-        if source == HOST_MODULE_SOURCE:  # the others use Python's limited interface alone
-            tools = (self.tools.cxx_version, sysconfig.get_config_var("SOABI"), sys.version)
-        text = repr((_texts(path), self._without_places(command), tools))
-        key = hashlib.sha256(text.encode()).hexdigest()[:24]
-        target = CACHE / f"{key}-{path.stem}.o"
+        target = CACHE / f"{self._key(source, command)}-{path.stem}.o"
         log = target.with_suffix(".log")
         if not log.exists():
             # What is interrupted leaves parts, which nobody takes for the whole.
@@ -225,7 +244,8 @@ class Library:
             if self.tools.cuda_home is not None:
                 command += [f"-L{cuda_libraries(self.tools.cuda_home)}", "-lcudart_static"]
                 command += ["-ldl", "-lrt", "-lpthread"]
-            run("linking", [*command, "-Wl,--exclude-libs,ALL", "-s", "-o", target])
+            command += ["-Wl,--exclude-libs,ALL", "-s", *flags("LDFLAGS"), "-o", target]
+            run("linking", command)
 
 
 #: What people call the kernels that have tiles, by the names of their functions.

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MODES = ("auto", "none", "cpu", "cuda")
 LEAST_TORCH = (2, 10)
@@ -56,6 +57,7 @@ class Toolchain:
     torch_version: str = ""
     cuda_home: Path | None = None
     cuda_version: tuple[int, int] | None = None
+    nvcc_version: str = ""
     architectures: tuple[str, ...] = ()
 
     @property
@@ -97,8 +99,10 @@ def find_torch() -> tuple[Path, str]:
     )
 
 
-def find_cuda() -> tuple[Path, tuple[int, int]]:
-    """Return a CUDA toolkit, whose nvcc and static runtime are there, and its version."""
+def find_cuda() -> tuple[Path, tuple[int, int], str]:
+    """Return a CUDA toolkit, whose nvcc and static runtime are there, its version, and what its
+    nvcc says of itself.
+    """
     named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
     places = [folder / "nvidia/cu13" for folder in package_folders()]
     places += [Path(nvcc).resolve().parents[1]] if nvcc else []
@@ -122,7 +126,7 @@ def find_cuda() -> tuple[Path, tuple[int, int]]:
                 f"{home} is CUDA {known[0]}.{known[1]}, {LEAST_CUDA[0]}.{LEAST_CUDA[1]} or newer "
                 "is needed: pip install 'fuseformer[cuda]' brings one, CUDA_HOME names one"
             )
-        return home, known
+        return home, known, said.strip()
     looked = f"CUDA_HOME={named}" if named else "this environment, PATH or /usr/local/cuda"
     raise Missing(
         f"no nvcc with libcudart_static.a was found in {looked}: pip install 'fuseformer[cuda]' "
@@ -184,14 +188,14 @@ def _toolchain(mode: str, refused: tuple[str, ...]) -> Toolchain:
     if mode == "none":
         return Toolchain("none", refused)
     _check_host()
-    home = version = None
-    names: tuple[str, ...] = ()
+    found: dict[str, Any] = {}
     if mode == "cuda":
-        home, version = find_cuda()
-        names = find_architectures(version)
+        home, version, said = find_cuda()
+        found = {"cuda_home": home, "cuda_version": version, "nvcc_version": said}
+        found["architectures"] = find_architectures(version)
     include, torch_version = find_torch()
     cxx, cxx_version = find_compiler()
-    return Toolchain(mode, refused, cxx, cxx_version, include, torch_version, home, version, names)
+    return Toolchain(mode, refused, cxx, cxx_version, include, torch_version, **found)
 
 
 def asked_mode() -> str:

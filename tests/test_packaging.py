@@ -50,7 +50,8 @@ def copy_sources(folder, objects=True):
 def build_wheel(python, sources, out, mode, **changes):
     """Build a wheel with pip's isolation, as ``pip install .`` does."""
     command = (python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", out, sources)
-    run(*command, cwd=out.parent, FUSEFORMER_BUILD=mode, FUSEFORMER_ARCHS="80", **changes)
+    changes = {"FUSEFORMER_BUILD": mode, "FUSEFORMER_ARCHS": "80"} | changes
+    run(*command, cwd=out.parent, **changes)
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -302,6 +303,20 @@ def test_every_python_gets_the_same_library(version, wheels, tmp_path):
     assert int(said.stdout) > 10
     wanted = run("nm", "-D", "--undefined-only", tmp_path / "alone/_C.abi3.so").stdout
     assert set(re.findall(r" U (_?Py\w+)", wanted)) == {"PyModule_Create2"}
+
+
+def test_the_wheel_for_the_usual_architectures_is_small_and_spills_nothing(builder, tmp_path):
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "wheel").mkdir()
+    sources = copy_sources(tmp_path / "sources")
+    wheel = build_wheel(builder, sources, tmp_path / "wheel", "cuda", FUSEFORMER_ARCHS="")
+    assert wheel.stat().st_size <= 20e6
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.getinfo("fuseformer/_C.abi3.so").file_size <= 15e6
+        built = json.loads(archive.read("fuseformer/_build.json"))
+    assert built["architectures"] == ["80+PTX", "90", "100", "120"]
+    assert {kernel["architecture"] for kernel in built["kernels"]} == {80, 90, 100, 120}
+    assert built["spills"] == []
 
 
 def test_what_needs_newer_systems_is_known(wheels, tmp_path):

@@ -105,6 +105,50 @@ def test_ptx_is_made_once_for_all_binaries(toolchain, architectures, codes):
     assert given == codes
 
 
+def test_an_object_is_that_of_its_compiler_and_its_arguments(toolchain, monkeypatch, tmp_path):
+    import library
+
+    def keys(said="V13.0.88", **variables):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            tools = toolchain.Toolchain(
+                "cuda",
+                cxx=("g++",),
+                torch_include=Path("/torch"),
+                cuda_home=Path("/cuda"),
+                nvcc_version=said,
+                architectures=("80",),
+            )
+            built = library.Library(tools)
+            return (
+                built._key("attention/forward_bf16.cu", built.device_command),
+                built._key("library.cpp", built.host_command),
+                built._key("host.cpp", built._host_module_command),
+            )
+
+    usual = keys()
+    assert keys() == usual
+
+    def changed(*arguments, **variables):
+        pairs = zip(keys(*arguments, **variables), usual, strict=True)
+        return tuple(one != other for one, other in pairs)
+
+    assert changed("V13.0.90") == (True, True, False)
+    assert changed(NVCC_APPEND_FLAGS="-G") == (True, False, False)
+    assert changed(NVCC_PREPEND_FLAGS="-G") == (True, False, False)
+    assert changed(CXXFLAGS="-march=native -g") == (False, True, True)
+
+
+def test_flags_are_words_of_the_shell(toolchain, monkeypatch):
+    import library
+
+    monkeypatch.setenv("LDFLAGS", "-Wl,-z,now '-Wl,-rpath,/a folder'")
+    assert library.flags("LDFLAGS") == ["-Wl,-z,now", "-Wl,-rpath,/a folder"]
+    monkeypatch.delenv("LDFLAGS")
+    assert library.flags("LDFLAGS") == []
+
+
 @pytest.mark.parametrize("system", ["Darwin", "Windows"])
 def test_elsewhere_than_on_linux_the_pure_package_is_built(toolchain, monkeypatch, system):
     monkeypatch.setattr(platform, "system", lambda: system)

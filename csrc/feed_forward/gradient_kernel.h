@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kGradientThreads)
   with_activation(params.activation, [&](auto kind) {
     for (int first = row_block * kGradientRows; first < end; first += kGradientLines) {
       const int row = first + line;
-      uint32_t kept = 0;
+      [[maybe_unused]] uint32_t kept = 0;
       if constexpr (kDropout) kept = kept_of_eight(params, row, unit, group);
       if (row >= end || unit >= params.hidden) continue;
       Element* const dact = static_cast<Element*>(params.dact.data) + row * params.dact.row_stride;
