@@ -48,6 +48,26 @@ MUTANTS = {
         "(bits + 0x7fff + (bits >> 16 & 1)) >> 16",
         "bits >> 16",
     ),
+    "a turn is taken before it comes": (
+        "scheduler.cpp",
+        "if (*counter == value) return;",
+        "if (counter != nullptr || value != 0) return;",
+    ),
+    "a turn that has come wakes nobody": (
+        "scheduler.cpp",
+        "return *awaited.counter == awaited.value;",
+        "return awaited.counter == nullptr;",
+    ),
+    "blocks that run at the same time have one shared memory": (
+        "memory.cpp",
+        "shared_begin + block.slot * kSharedSpace",
+        "shared_begin + 0 * block.slot",
+    ),
+    "blocks run one after the other": (
+        "scheduler.cpp",
+        "the_options.random_schedule ? kResidentBlocks : 1",
+        "the_options.random_schedule ? 1 : 1",
+    ),
     "late copies land early": (
         "primitives.cpp",
         "landing == Landing::kEarly ||",

@@ -26,7 +26,7 @@ struct Log {
   std::map<std::pair<const void*, int>, uint32_t> times;  // of each instruction and lane
 };
 
-std::map<int, Log> logs;  // by warp
+std::map<int, Log> logs[kResidentBlocks];  // by warp
 
 uint64_t conflicts_of(const Instruction& instruction) {
   const size_t words = std::max<size_t>(1, instruction.bytes / 4);
@@ -51,7 +51,7 @@ uint64_t conflicts_of(const Instruction& instruction) {
 
 void note_shared_access(const void* address, size_t bytes, const void* pc) {
   if (bytes > 16) return;  // not one instruction
-  Log& log = logs[current->number / 32];
+  Log& log = logs[block.slot][current->number / 32];
   const int lane = current->number % 32;
   Instruction& instruction = log.instructions[{pc, log.times[{pc, lane}]++}];
   instruction.bytes = bytes;
@@ -59,12 +59,13 @@ void note_shared_access(const void* address, size_t bytes, const void* pc) {
 }
 
 void count_conflicts(int warp) {
-  const auto found = logs.find(warp);
-  if (found == logs.end()) return;
+  std::map<int, Log>& of_block = logs[block.slot];
+  const auto found = of_block.find(warp);
+  if (found == of_block.end()) return;
   for (const auto& [place, instruction] : found->second.instructions) {
     report.counters.shared_conflicts += conflicts_of(instruction);
   }
-  logs.erase(found);
+  of_block.erase(found);
 }
 
 }  // namespace fuseformer::emulator

@@ -1,7 +1,9 @@
 // Runs CUDA kernels on the CPU, a fiber for each thread, and says what they did wrong.
 //
-// Blocks run one after the other. Within a block a thread runs until it waits for others: at a
-// barrier, or at a collective of its warp, which the last lane to arrive carries out for all.
+// Within a block a thread runs until it waits for others: at a barrier, or at a collective of its
+// warp, which the last lane to arrive carries out for all. Blocks run one after the other or, where
+// schedules are random, some at the same time: they begin in the order of their numbers, and one
+// goes on where another waits for its turn or is at a barrier.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +19,7 @@ enum class Landing { kLate, kEarly, kRandom };          // of cp.async: at the w
 enum class Rounding { kExact, kChained, kTruncating };  // of the sums of mma
 
 struct Options {
-  bool random_schedule = false;  // of the warps, and of the lanes within
+  bool random_schedule = false;  // of blocks, of warps, and of the lanes within
   uint64_t seed = 1;
   Landing landing = Landing::kLate;
   Rounding rounding = Rounding::kExact;

@@ -47,7 +47,7 @@ char* arena = nullptr;
 char* next_free = nullptr;
 char* shared_begin = nullptr;
 std::map<char*, Allocation> allocations;  // by their first address
-Allocation shared;
+Allocation shared_of[kResidentBlocks];
 Allocation* last_found = nullptr;
 uint64_t first_block_of_launch = 1;
 
@@ -60,15 +60,18 @@ void reserve() {
     throw std::bad_alloc();
   }
   shared_begin = arena + kGap;
-  next_free = shared_begin + kSharedSpace + kGap;
+  next_free = shared_begin + kResidentBlocks * kSharedSpace + kGap;
 }
+
+// The shared memory of the block that is running.
+Allocation& shared() { return shared_of[block.slot]; }
 
 bool holds(const Allocation& allocation, const char* address) {
   return address >= allocation.begin && address < allocation.begin + allocation.bytes;
 }
 
 Allocation* find(const char* address) {
-  if (holds(shared, address)) return &shared;
+  if (holds(shared(), address)) return &shared();
   if (last_found != nullptr && holds(*last_found, address)) return last_found;
   auto after = allocations.upper_bound(const_cast<char*>(address));
   if (after == allocations.begin()) return nullptr;
@@ -79,7 +82,7 @@ Allocation* find(const char* address) {
 }
 
 const char* kind_of(const Allocation& allocation) {
-  return &allocation == &shared ? "shared memory" : "global memory";
+  return &allocation == &shared() ? "shared memory" : "global memory";
 }
 
 std::string thread_name(int number) { return "thread " + std::to_string(number); }
@@ -174,32 +177,33 @@ void release_all() {
   last_found = nullptr;
   allocations.clear();
   if (arena == nullptr) return;
-  next_free = shared_begin + kSharedSpace + kGap;
+  next_free = shared_begin + kResidentBlocks * kSharedSpace + kGap;
 }
 
 char* new_shared(size_t bytes) {
   reserve();
-  allow_access(shared_begin, bytes);
-  forbid_access(shared_begin + bytes, kSharedSpace - bytes);
-  std::memset(shared_begin, 0xff, bytes);
-  shared.begin = shared_begin;
-  shared.bytes = bytes;
-  shared.words.clear();
-  if (instrumented) shared.words.resize((bytes + kWord - 1) / kWord);
-  return shared_begin;
+  char* const begin = shared_begin + block.slot * kSharedSpace;
+  allow_access(begin, bytes);
+  forbid_access(begin + bytes, kSharedSpace - bytes);
+  std::memset(begin, 0xff, bytes);
+  shared().begin = begin;
+  shared().bytes = bytes;
+  shared().words.clear();
+  if (instrumented) shared().words.resize((bytes + kWord - 1) / kWord);
+  return begin;
 }
 
-void new_launch() { first_block_of_launch = block.number + 1; }
+void new_launch(uint64_t first_block) { first_block_of_launch = first_block; }
 
 bool in_shared(const void* address, size_t bytes) {
   const char* first = static_cast<const char*>(address);
-  return holds(shared, first) && first + bytes <= shared.begin + shared.bytes;
+  return holds(shared(), first) && first + bytes <= shared().begin + shared().bytes;
 }
 
 bool in_global(const void* address, size_t bytes) {
   const char* first = static_cast<const char*>(address);
   const Allocation* found = find(first);
-  return found != nullptr && found != &shared && first + bytes <= found->begin + found->bytes;
+  return found != nullptr && found != &shared() && first + bytes <= found->begin + found->bytes;
 }
 
 void check_access(const void* address, size_t bytes, Access access, const void* pc) {

@@ -1,4 +1,4 @@
-// Fibers, whose turn it is, and barriers.
+// Fibers, whose turn it is among threads and among blocks, and barriers.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -58,8 +58,9 @@ uint64_t random_state = 1;
 void* launcher_stack_pointer = nullptr;
 const std::function<void()>* the_kernel = nullptr;
 bool gave_up = false;
+uint64_t blocks_begun = 0;  // over all launches
 
-// The stacks of a block's threads, for one launch: their guard pages make two mappings of each, of
+// The stacks of threads, for one launch: their guard pages make two mappings of each, of
 // which a process may have some ten thousands, and many libraries with an emulator be loaded.
 class Stacks {
  public:
@@ -152,7 +153,8 @@ void prepare(Thread& thread, int number, char* stack, const Place& place) {
   }
 }
 
-void describe_deadlock(dim3 at) {
+void describe_deadlock() {
+  const dim3 at = block.threads[0].place.block;
   struct Waiting {
     int count = 0, first = 0;
   };
@@ -172,31 +174,63 @@ void describe_deadlock(dim3 at) {
   ++report.errors[text.str()];
 }
 
-void run_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes, const Stacks& stacks) {
+void begin_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes, int slot,
+                 const Stacks& stacks) {
   const int count = size.x * size.y * size.z;
-  ++block.number;
+  block.number = ++blocks_begun;
+  block.slot = slot;
   block.live = count;
   block.threads.resize(count);
   block.warps.assign((count + 31) / 32, Warp());
   for (Barrier& barrier : block.barriers) barrier.waiting.clear();
+  block.awaited.clear();
   block.turns.clear();
   block.shared_bytes = shared_bytes;
   block.shared = new_shared(shared_bytes);
   for (int i = count - 1; i >= 0; --i) {
     const unsigned n = i;
-    prepare(block.threads[i], i, stacks[i],
+    prepare(block.threads[i], i, stacks[slot * count + i],
             {{n % size.x, n / size.x % size.y, n / (size.x * size.y)}, at, size, grid});
     make_ready(i);
   }
   shuffle_warps();
+}
+
+bool has_come(const Awaited& awaited) { return *awaited.counter == awaited.value; }
+
+bool any_ready(const Block& one) {
+  return std::any_of(one.warps.begin(), one.warps.end(),
+                     [](const Warp& warp) { return !warp.ready.empty(); });
+}
+
+bool can_go_on(const Block& one) {
+  return any_ready(one) || std::any_of(one.awaited.begin(), one.awaited.end(), has_come);
+}
+
+// Runs the block until it ends, waits for others, or lets them go on.
+void go_on() {
+  const auto come = std::stable_partition(block.awaited.begin(), block.awaited.end(),
+                                          [](const Awaited& a) { return !has_come(a); });
+  for (auto i = come; i != block.awaited.end(); ++i) make_ready(i->thread);
+  block.awaited.erase(come, block.awaited.end());
   switch_to(next_ready());
   current = nullptr;
   if (block.live && !gave_up) {
-    describe_deadlock(at);
+    if (any_ready(block) || !block.awaited.empty()) return;
+    describe_deadlock();
     gave_up = true;
   }
   for (size_t i = 0; instrumented && i < block.warps.size(); ++i) count_conflicts(i);
   if (!block.turns.empty() && !gave_up) error("a block ends without passing on its turn");
+}
+
+// Of a launch that ends where no block can go on.
+void describe_awaited(Block& one) {
+  const Awaited& awaited = one.awaited[0];
+  current = &one.threads[awaited.thread];
+  error("the turn " + std::to_string(awaited.value) + " does not come: it is that of " +
+        std::to_string(*awaited.counter));
+  current = nullptr;
 }
 
 bool within_limits(dim3 grid, dim3 size, size_t shared_bytes) {
@@ -269,6 +303,12 @@ void wait(const char* what) {
   me->waits_for = nullptr;
 }
 
+void wait_for(const int* counter, int value) {
+  if (*counter == value) return;
+  block.awaited.push_back({current->number, counter, value});
+  wait("the turn of its block");
+}
+
 void give_up(const std::string& what, const void* pc) {
   error(what, pc);
   gave_up = true;
@@ -300,15 +340,34 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
   the_kernel = &kernel;
   random_state = the_options.seed * 0x9E3779B97F4A7C15ull + 1;
   gave_up = false;
-  new_launch();
+  new_launch(blocks_begun + 1);
   const FaultsAreErrors faults_are_errors;
-  const Stacks stacks(size.x * size.y * size.z);
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x && !gave_up; ++x) {
-        run_block(grid, size, {x, y, z}, shared_bytes, stacks);
-      }
+  const int most = the_options.random_schedule ? kResidentBlocks : 1;
+  const Stacks stacks(most * size.x * size.y * size.z);
+  std::vector<Block> residents(most);  // each where `block` is while it runs
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t next = 0; !gave_up;) {
+    std::vector<int> able;
+    for (int slot = 0; slot < most; ++slot) {
+      const Block& one = residents[slot];
+      if (one.live ? can_go_on(one) : next < blocks) able.push_back(slot);
     }
+    if (able.empty()) break;
+    const int slot = able[able.size() > 1 ? random_number() % able.size() : 0];
+    std::swap(block, residents[slot]);
+    if (block.live == 0) {
+      const unsigned x = next % grid.x, y = next / grid.x % grid.y, z = next / grid.x / grid.y;
+      begin_block(grid, size, {x, y, z}, shared_bytes, slot, stacks);
+      ++next;
+    }
+    go_on();
+    std::swap(block, residents[slot]);
+  }
+  for (Block& one : residents) {
+    if (one.live && !gave_up) describe_awaited(one);
+    std::swap(block, one);
+    for (size_t i = 0; instrumented && i < block.warps.size(); ++i) count_conflicts(i);
+    std::swap(block, one);
   }
 }
 
@@ -347,7 +406,11 @@ void named_barrier(int id, int threads) {
   shuffle_warps();
   if (options().random_schedule) {
     make_ready(current->number);
-    wait("its turn");
+    if (random_number() % 4 == 0) {
+      switch_to_launcher();  // another block may go on
+    } else {
+      wait("its turn");
+    }
   }
 }
 

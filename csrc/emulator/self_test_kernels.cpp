@@ -125,6 +125,19 @@ void turns(SelfTest test) {
   if (threadIdx.x == 0) pass_turn(out<int>(test));
 }
 
+// The sum of numbers that depends on their order, with turns or without.
+void order(SelfTest test) {
+  const float numbers[4] = {1.0f, 0x1p26f, 3.0f, -0x1p26f};
+  const bool in_turn = test.value == 0 && threadIdx.x == 0;
+  shared<int>()[threadIdx.x] = blockIdx.x;
+  block_barrier();
+  if (in_turn) wait_for_turn(out<int>(test), blockIdx.x);
+  block_barrier();
+  if (threadIdx.x == 0) atomic_add(out<float>(test) + 1, numbers[shared<int>()[63] % 4]);
+  block_barrier();
+  if (in_turn) pass_turn(out<int>(test));
+}
+
 void philox_words(SelfTest test) {
   uint32_t words[4];
   const uint32_t* given = in<uint32_t>(test);
@@ -318,6 +331,7 @@ const std::map<std::string, Entry> kTests = {
     {"named", {named, 1, 96}},
     {"sums", {sums, 4, 64}},
     {"turns", {turns, 4, 32}},
+    {"order", {order, 16, 64}},
     {"philox", {philox_words, 1, 32}},
     {"read_past_global", {read_past_global, 1, 32}},
     {"write_past_global", {write_past_global, 1, 32}},

@@ -1,4 +1,4 @@
-// What the parts of the emulator know of the block that is running.
+// What the parts of the emulator know of the block that is running, and of its threads.
 #pragma once
 
 #include <cstring>
@@ -10,6 +10,9 @@
 #include "emulator.h"
 
 namespace fuseformer::emulator {
+
+// How many blocks run at the same time where schedules are random.
+constexpr int kResidentBlocks = 4;
 
 // The clock of a thread for each thread of its block: what it has seen of the others.
 using Clocks = std::vector<uint32_t>;
@@ -46,12 +49,21 @@ struct Barrier {
   std::vector<int> waiting;
 };
 
+// What a thread waits for that other blocks do.
+struct Awaited {
+  int thread;
+  const int* counter;
+  int value;
+};
+
 struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[16];
+  std::vector<Awaited> awaited;
   std::set<const int*> turns;  // that this block has waited for and not passed on
   int live = 0;
+  int slot = 0;         // among the blocks that run at the same time
   uint64_t number = 0;  // counted over all launches
   char* shared = nullptr;
   size_t shared_bytes = 0;
@@ -72,8 +84,9 @@ void error(const std::string& what, const void* pc = nullptr, const std::string&
 // Ends the launch: nothing after it in the block is run.
 [[noreturn]] void give_up(const std::string& what, const void* pc = nullptr);
 
-// Lets others run until this thread is made ready again.
+// Lets others run until this thread is made ready again, or until `*counter` is `value`.
 void wait(const char* what);
+void wait_for(const int* counter, int value);
 void make_ready(int thread);
 
 // The threads in `joined` have seen of all what any of them has seen.
@@ -95,7 +108,8 @@ bool in_shared(const void* address, size_t bytes);
 
 // Shared memory of a new block: nothing is initialised, all bits are set.
 char* new_shared(size_t bytes);
-void new_launch();
+// What blocks before this one have done is seen by all.
+void new_launch(uint64_t first_block);
 
 // While it lives, a fault of the thread that is running (an address that is nobody's, a division by
 // zero, what -fsanitize=undefined traps) is an error and ends the launch, instead of the process.

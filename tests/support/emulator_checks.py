@@ -232,8 +232,27 @@ def check_turns(emulator):
     out, _, errors = run(emulator, "turns", out=np.zeros(1, np.int32), written=True)
     assert not errors
     assert out[0] == 4
-    _, _, errors = run(emulator, "turns", out=np.zeros(1, np.int32), value=1, written=True)
-    assert "the turn 1 does not come" in errors
+    for random in (False, True):
+        zero = np.zeros(1, np.int32)
+        _, _, errors = run(emulator, "turns", out=zero, value=1, written=True, random=random)
+        assert "the turn 1 does not come" in errors
+
+
+def check_order_of_blocks(emulator):
+    """Blocks go on in any order, but for those that take turns."""
+
+    def total(**options):
+        out, _, errors = run(emulator, "order", out=np.zeros(2, np.int32), written=True, **options)
+        assert not errors
+        return out.view(np.float32)[1]
+
+    in_order = np.float32(0)
+    for number in [1.0, 2.0**26, 3.0, -(2.0**26)] * 4:
+        in_order += np.float32(number)
+    seeds = range(1, 9)
+    assert total() == total(value=1) == in_order
+    assert {total(random=True, seed=seed) for seed in seeds} == {in_order}
+    assert len({total(random=True, seed=seed, value=1) for seed in seeds}) > 1
 
 
 def check_philox(emulator):
@@ -281,6 +300,7 @@ CHECKS = [
     check_named_barrier,
     check_sums,
     check_turns,
+    check_order_of_blocks,
     check_philox,
     check_exchange,
 ]
