@@ -249,7 +249,7 @@ BUGS = {
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name, tmp_path):
     *bug, case, how = BUGS[name]
-    check_caught(planted(tmp_path, 64, 80, *bug), case, how)
+    check_caught(how, run, planted(tmp_path, 64, 80, *bug), case)
 
 
 @pytest.mark.parametrize("architecture", [80, 86])

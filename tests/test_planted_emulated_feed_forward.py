@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from emulated import EmulatorError
 from emulated_feed_forward import Case, FeedForward, check
 from emulator_build import build_feed_forward, build_planted
 from emulator_units import feed_forward_unit
+from planted_emulated import (
+    BOUNDS,
+    CONFLICTS,
+    INFLIGHT,
+    NAN,
+    RACE,
+    UNINITIALISED,
+    WRONG,
+    check_caught,
+)
 
 BF16 = torch.bfloat16
 
@@ -30,8 +39,6 @@ BARE = Case(40, 128, 96, BF16, biases="none")
 GELU = Case(100, 128, 104, BF16, "gelu")
 DROPOUT = Case(100, 128, 200, BF16, dropout_p=0.2)
 KERNEL, TILE = "feed_forward/forward_kernel.h", "device/tile.h"
-WRONG, RACE, INFLIGHT, BOUNDS = "exceeds", "race: ", "copy is on its way", "out of bounds"
-UNINITIALISED, CONFLICTS, NAN = "nobody has written", "bank conflicts", "are NaN"
 
 # file, correct text, planted text, the case that must fail, and how
 BUGS = {
@@ -209,11 +216,7 @@ def planted(folder, file=KERNEL, correct="", wrong=""):
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name, tmp_path):
     file, correct, wrong, case, how = BUGS[name]
-    kernels = planted(tmp_path, file, correct, wrong)
-    with pytest.raises(AssertionError) as caught:
-        check(kernels, case)
-    assert how in str(caught.value)
-    assert isinstance(caught.value, EmulatorError) == (how not in (WRONG, CONFLICTS, NAN))
+    check_caught(how, check, planted(tmp_path, file, correct, wrong), case)
 
 
 def test_the_copy_without_a_bug_passes(tmp_path):

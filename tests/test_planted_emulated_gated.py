@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from emulated import EmulatorError, Kernels
+from emulated import Kernels
 from emulator_build import build_feed_forward, build_planted
 from emulator_units import feed_forward_unit
 from gated_checks import GatedCase as Case
 from gated_checks import check_gated
+from planted_emulated import (
+    BOUNDS,
+    INFLIGHT,
+    NAN,
+    RACE,
+    UNINITIALISED,
+    WRONG,
+    check_caught,
+)
 
 BF16 = torch.bfloat16
 
@@ -15,8 +24,6 @@ LINEAR, GRADIENT = "feed_forward/linear_kernel.h", "feed_forward/gated_gradient_
 TRAITS = "feed_forward/linear_traits.h"
 WIDE = Case((130, 136, 264, 40), "gelu", BF16, 0.1)
 WHOLE = Case((128, 192, 128, 40), "silu", BF16)
-WRONG, RACE, INFLIGHT, BOUNDS = "exceeds", "race: ", "copy is on its way", "out of bounds"
-UNINITIALISED, NAN = "nobody has written", "are NaN"
 BUGS = {
     "no barrier before a step": (
         LINEAR,
@@ -204,11 +211,7 @@ def planted(folder, file=LINEAR, correct="", wrong=""):
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name, tmp_path):
     file, correct, wrong, case, how = BUGS[name]
-    kernels = planted(tmp_path, file, correct, wrong)
-    with pytest.raises(AssertionError) as caught:
-        check_gated(kernels, case)
-    assert how in str(caught.value)
-    assert isinstance(caught.value, EmulatorError) == (how not in (WRONG, NAN))
+    check_caught(how, check_gated, planted(tmp_path, file, correct, wrong), case)
 
 
 def test_the_copy_without_a_bug_passes(tmp_path):

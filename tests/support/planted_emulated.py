@@ -1,4 +1,4 @@
-"""The CUDA C++ attention kernels of one head dim with a bug planted, and what is said of it."""
+"""What is said of a bug planted in CUDA C++ kernels, and those of attention for one head dim."""
 
 import pytest
 from attention_checks import check_dense
@@ -26,9 +26,9 @@ def run(kernels, case):
     assert kernels.counters["shared_conflicts"] == 0, "bank conflicts of plain accesses"
 
 
-def check_caught(kernels, case, how):
-    """Fail unless the case fails as it must."""
+def check_caught(how, check, *arguments):
+    """Fail unless `check` fails as it must: with an error of the emulator, or over values."""
     with pytest.raises(AssertionError) as caught:
-        run(kernels, case)
+        check(*arguments)
     assert how in str(caught.value)
     assert isinstance(caught.value, EmulatorError) == (how not in (WRONG, CONFLICTS, NAN))
