@@ -1,9 +1,15 @@
 """The CUDA C++ kernels as nvcc makes them: their instructions, their registers, their scores."""
 
+import json
+import os
 import re
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from triton import knobs
 
 from bench import cuda_kernels
 from bench.cuda_kernels import Kernel, Result, problems
@@ -114,6 +120,60 @@ def test_what_memory_bounds_has_no_score_and_no_spill(which, matrices):
     assert result.spilled == 0
     assert result.registers <= 128  # else too few warps wait for memory
     assert not problems({(kernel, 80): result})
+
+
+def shared_accesses(binary, folder):
+    """Return how many accesses to shared memory cuxray can follow, and how many have conflicts."""
+    cubin, out = folder / "kernel.cubin", folder / "report.json"
+    cubin.write_bytes(binary)
+    tools = Path(knobs.nvidia.nvdisasm.path).parent
+    said = subprocess.run(
+        [tools / "cuobjdump", "-elf", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    threads = int(re.search(r"EIATTR_MAX_THREADS.*?Value:\s*(0x[0-9a-f]+)", said, re.DOTALL)[1], 16)
+    environment = os.environ | {"CUXRAY_NO_FETCH": "1"}
+    environment["PATH"] = f"{tools}{os.pathsep}{environment['PATH']}"
+    command = [Path(sys.executable).parent / "cuxray", "report", cubin, "--threads", str(threads)]
+    command += ["--smem-dynamic", "65536", "--json", "-o", out]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    access = json.loads(out.read_text())["units"][0]["kernels"][0]["access"]
+    followed = sum(site["count"] for site in access["by_site"] if site["space"] == "shared")
+    return followed, access["conflicted_shared_accesses"]
+
+
+# Not those of 255 registers, which nvdisasm does not take here.
+@pytest.mark.parametrize(
+    ("which", "size"),
+    [
+        ("forward", 64),
+        ("forward", 96),
+        ("forward", 128),
+        ("forward", 256),
+        ("backward", 64),
+        ("backward", 256),
+        ("feed-forward", 128),
+        ("feed-forward backward", 128),
+        ("gated", 128),
+    ],
+)
+def test_cuxray_finds_no_bank_conflict(which, size, tmp_path):
+    """In what it can follow of the binary; the emulator counts them all."""
+    binary = cuda_kernels.compile_kernel(Kernel(which, size, "bf16", False), 80)
+    followed, conflicts = shared_accesses(binary, tmp_path)
+    assert followed > 50
+    assert conflicts == 0
+
+
+def test_cuxray_sees_a_swizzle_that_is_missing(monkeypatch, tmp_path):
+    shutil.copytree(cuda_kernels.SOURCES, tmp_path / "csrc")
+    tile = tmp_path / "csrc/device/tile.h"
+    text = tile.read_text()
+    swizzle = "return kWhole ? row & 7 : row >> 1 & 3;"
+    assert swizzle in text
+    tile.write_text(text.replace(swizzle, "return row & 0;"))
+    monkeypatch.setattr(cuda_kernels, "SOURCES", tmp_path / "csrc")
+    _, conflicts = shared_accesses(cuda_kernels.compile_kernel(FORWARD, 80), tmp_path)
+    assert conflicts > 0
 
 
 @pytest.mark.parametrize("architecture", [90, 120])
