@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 from toolchain import Toolchain, cuda_libraries, jobs
@@ -203,6 +204,16 @@ class Library:
                 words = [word.replace(str(place), name) for word in words]
         return words
 
+    @cached_property
+    def _device_compiler(self) -> str:
+        """A digest of the programs that compile for GPUs: a package each, some say no version."""
+        digest = hashlib.sha256()
+        for name in ("bin/nvcc", "bin/cudafe++", "nvvm/bin/cicc", "bin/ptxas", "bin/fatbinary"):
+            path = self.tools.cuda_home / name
+            if path.exists():
+                digest.update(path.read_bytes())
+        return digest.hexdigest()
+
     def _key(self, source: str, command: list) -> str:
         """Return a name for what goes into the object of a source."""
         path = SOURCES / source
@@ -210,10 +221,11 @@ class Library:
         if source == HOST_MODULE_SOURCE:  # the others use Python's limited interface alone
             tools += [sysconfig.get_config_var("SOABI"), sys.version]
         else:
-            tools += [self.tools.torch_version, self.tools.nvcc_version]
+            tools += [self.tools.torch_version, self.tools.cuda]
         if path.suffix == ".cu":
             # Arguments that nvcc takes from the environment, by itself.
             tools += [os.environ.get(f"NVCC_{where}_FLAGS", "") for where in ("PREPEND", "APPEND")]
+            tools.append(self._device_compiler)
         text = repr((_texts(path), self._without_places(command), tools))
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 

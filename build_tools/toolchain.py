@@ -14,7 +14,6 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 MODES = ("auto", "none", "cpu", "cuda")
 LEAST_TORCH = (2, 10)
@@ -57,7 +56,6 @@ class Toolchain:
     torch_version: str = ""
     cuda_home: Path | None = None
     cuda_version: tuple[int, int] | None = None
-    nvcc_version: str = ""
     architectures: tuple[str, ...] = ()
 
     @property
@@ -99,10 +97,8 @@ def find_torch() -> tuple[Path, str]:
     )
 
 
-def find_cuda() -> tuple[Path, tuple[int, int], str]:
-    """Return a CUDA toolkit, whose nvcc and static runtime are there, its version, and what its
-    nvcc says of itself.
-    """
+def find_cuda() -> tuple[Path, tuple[int, int]]:
+    """Return a CUDA toolkit, whose nvcc and static runtime are there, and its version."""
     named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
     places = [folder / "nvidia/cu13" for folder in package_folders()]
     places += [Path(nvcc).resolve().parents[1]] if nvcc else []
@@ -126,7 +122,7 @@ def find_cuda() -> tuple[Path, tuple[int, int], str]:
                 f"{home} is CUDA {known[0]}.{known[1]}, {LEAST_CUDA[0]}.{LEAST_CUDA[1]} or newer "
                 "is needed: pip install 'fuseformer[cuda]' brings one, CUDA_HOME names one"
             )
-        return home, known, said.strip()
+        return home, known
     looked = f"CUDA_HOME={named}" if named else "this environment, PATH or /usr/local/cuda"
     raise Missing(
         f"no nvcc with libcudart_static.a was found in {looked}: pip install 'fuseformer[cuda]' "
@@ -188,14 +184,14 @@ def _toolchain(mode: str, refused: tuple[str, ...]) -> Toolchain:
     if mode == "none":
         return Toolchain("none", refused)
     _check_host()
-    found: dict[str, Any] = {}
+    home = version = None
+    names: tuple[str, ...] = ()
     if mode == "cuda":
-        home, version, said = find_cuda()
-        found = {"cuda_home": home, "cuda_version": version, "nvcc_version": said}
-        found["architectures"] = find_architectures(version)
+        home, version = find_cuda()
+        names = find_architectures(version)
     include, torch_version = find_torch()
     cxx, cxx_version = find_compiler()
-    return Toolchain(mode, refused, cxx, cxx_version, include, torch_version, **found)
+    return Toolchain(mode, refused, cxx, cxx_version, include, torch_version, home, version, names)
 
 
 def asked_mode() -> str:

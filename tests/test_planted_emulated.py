@@ -22,6 +22,8 @@ from planted_emulated import (
 BF16 = torch.bfloat16
 
 PLAIN = Case((2, 1), (150, 300), 64, BF16)
+# Steps of queries that hide something lie on both sides of those that do not.
+TALL = Case((1, 1), (300, 290), 64, BF16, "top_left")
 CAUSAL = Case((2, 1), (150, 300), 64, BF16, "bottom_right")
 WINDOW = Case((1, 1), (200, 300), 64, BF16, window=(40, 20))
 LENGTHS = Case((2, 2), (70, 300), 64, BF16, key_lengths=(150, 0), batch=2)
@@ -193,6 +195,28 @@ BUGS = {
         "sums[(4 * i + j) * Traits::kThreads] += dq[i][j];",
         PLAIN,
         RACE,
+    ),
+    "backward: a turn is passed on before all have added": (
+        KEY_BLOCK,
+        "    if constexpr (!kShared) {\n      at.added_to = step;",
+        "    if (given.dq_turns != nullptr && threadIdx.x == 0) pass_turn(turns(step));\n"
+        "    if constexpr (!kShared) {\n      at.added_to = -1;",
+        PLAIN,
+        "outside of its turn",
+    ),
+    "backward: sums are not published before their turn is passed on": (
+        KEY_BLOCK,
+        "if (given.dq_turns != nullptr) publish();",
+        "",
+        PLAIN,
+        "before all sums are published",
+    ),
+    "backward: the steps behind the full ones are taken for the last": (
+        "attention/mask.h",
+        "(step == full_end ? full_begin : step) - 1",
+        "step - 1",
+        TALL,
+        WRONG,
     ),
     "backward: a turn is passed twice": (
         KEY_BLOCK,

@@ -219,6 +219,13 @@ BUGS = {
         PLAIN,
         "not waited for",
     ),
+    "sums are not published before their turn is passed on": (
+        KERNEL,
+        "    publish();\n",
+        "",
+        PLAIN,
+        "before all sums are published",
+    ),
     "a turn is passed twice": (
         KERNEL,
         "if (thread == 0 && step + 1 < end) pass_turn",

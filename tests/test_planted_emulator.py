@@ -65,8 +65,8 @@ MUTANTS = {
     ),
     "blocks run one after the other": (
         "scheduler.cpp",
-        "the_options.random_schedule ? kResidentBlocks : 1",
-        "the_options.random_schedule ? 1 : 1",
+        "std::min<uint64_t>(kResidentBlocks, blocks) : 1",
+        "1 : 1",
     ),
     "late copies land early": (
         "primitives.cpp",

@@ -105,10 +105,13 @@ def test_ptx_is_made_once_for_all_binaries(toolchain, architectures, codes):
     assert given == codes
 
 
-def test_an_object_is_that_of_its_compiler_and_its_arguments(toolchain, monkeypatch, tmp_path):
+def test_an_object_is_that_of_its_compiler_and_its_arguments(toolchain, tmp_path):
     import library
 
-    def keys(said="V13.0.88", **variables):
+    def keys(program="bin/ptxas", text="one", **variables):
+        home = tmp_path / f"{program}-{text}"
+        (home / program).parent.mkdir(parents=True, exist_ok=True)
+        (home / program).write_text(text)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
@@ -116,8 +119,7 @@ def test_an_object_is_that_of_its_compiler_and_its_arguments(toolchain, monkeypa
                 "cuda",
                 cxx=("g++",),
                 torch_include=Path("/torch"),
-                cuda_home=Path("/cuda"),
-                nvcc_version=said,
+                cuda_home=home,
                 architectures=("80",),
             )
             built = library.Library(tools)
@@ -130,23 +132,45 @@ def test_an_object_is_that_of_its_compiler_and_its_arguments(toolchain, monkeypa
     usual = keys()
     assert keys() == usual
 
-    def changed(*arguments, **variables):
-        pairs = zip(keys(*arguments, **variables), usual, strict=True)
+    def changed(**changes):
+        pairs = zip(keys(**changes), usual, strict=True)
         return tuple(one != other for one, other in pairs)
 
-    assert changed("V13.0.90") == (True, True, False)
+    assert changed(text="another") == (True, False, False)
+    assert changed(program="nvvm/bin/cicc", text="another") == (True, False, False)
     assert changed(NVCC_APPEND_FLAGS="-G") == (True, False, False)
     assert changed(NVCC_PREPEND_FLAGS="-G") == (True, False, False)
     assert changed(CXXFLAGS="-march=native -g") == (False, True, True)
 
 
-def test_flags_are_words_of_the_shell(toolchain, monkeypatch):
+def test_flags_of_the_environment_are_those_of_compiler_and_linker(
+    toolchain, monkeypatch, tmp_path
+):
     import library
 
-    monkeypatch.setenv("LDFLAGS", "-Wl,-z,now '-Wl,-rpath,/a folder'")
-    assert library.flags("LDFLAGS") == ["-Wl,-z,now", "-Wl,-rpath,/a folder"]
-    monkeypatch.delenv("LDFLAGS")
-    assert library.flags("LDFLAGS") == []
+    commands = []
+    monkeypatch.setattr(library, "CACHE", tmp_path)
+    monkeypatch.setenv("CXXFLAGS", "-DA=1 '-DB=a b'")
+    monkeypatch.setenv("LDFLAGS", "-Wl,-z,now")
+
+    def run(what, command):
+        words = [str(word) for word in command]
+        commands.append(words)
+        Path(words[words.index("-o") + 1]).touch()
+        return ""
+
+    monkeypatch.setattr(library, "run", run)
+    tools = toolchain.Toolchain("cpu", cxx=("g++",), torch_include=Path("/torch"))
+    built = library.Library(tools)
+    built.build(tmp_path / "_C.so")
+    built.build_host_module(tmp_path / "_host.so")
+    compiled = [words for words in commands if "-c" in words]
+    libraries = (str(tmp_path / "_C.so"), str(tmp_path / "_host.so"))
+    linked = [words for words in commands if words[-1] in libraries]
+    assert len(compiled) == 1 + len(library.CPU_SOURCES)
+    assert all("-DA=1" in words and "-DB=a b" in words for words in compiled)
+    assert len(linked) == 2
+    assert all("-Wl,-z,now" in words for words in linked)
 
 
 @pytest.mark.parametrize("system", ["Darwin", "Windows"])

@@ -9,6 +9,8 @@
 // 2023.
 #pragma once
 
+#include "../device/atomic.h"
+#include "../device/philox.h"
 #include "key_block.h"
 #include "traits.h"
 
@@ -184,7 +186,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using Element = typename Traits::Element;
   using Warp = BackwardWarp<Traits>;
   using Place = typename Warp::Place;
-  // Whether the sums leave registers for what steps have in common. At 96 random words take them.
+  // Whether the sums leave no registers for what steps have in common. At 96 random words take
+  // them.
   constexpr bool kFull = Traits::kHeadDim * Traits::kBlockM >= 8192;
   using Queries = QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes,
                              kFull || (kDropout && Traits::kHeadDim == 96)>;

@@ -5,6 +5,7 @@
 // overwrite has been read, queries and dout each while two other products are computed.
 #pragma once
 
+#include "../device/atomic.h"
 #include "backward_wide_warp.h"
 #include "key_block.h"
 

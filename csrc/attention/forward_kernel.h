@@ -117,8 +117,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using Layout = Tile<Traits::kHeadDim>;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kTileBytes = kBlockN * Layout::kRowBytes;
-  // Whether random words, or the output, leave no registers for what all steps have in common.
-  constexpr bool kComputesAgain = !Warp::kKeepQueries || (kDropout && Warp::kRowTiles > 1);
+  // Whether random words leave no registers for what all steps have in common: where a warp has
+  // many weights, or a large output.
+  constexpr bool kComputesAgain = kDropout && (Warp::kRowTiles > 1 || !Warp::kKeepQueries);
 
   const int blocks = (params.queries + kBlockM - 1) / kBlockM;
   const int batch = blockIdx.x / (blocks * params.heads);
@@ -191,9 +192,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const auto attend = [&](auto masked, int index, int step, int next) {
     constexpr bool kMasked = decltype(masked)::value;
     const bool more = index + 1 < steps.count();
-    const int copier = kDropout ? thread_again<Traits::kThreads>() : thread % Traits::kThreads;
-    const KeyCopy k_next = kComputesAgain ? KeyCopy(copier, params.k.row_stride) : k_copy;
-    const KeyCopy v_next = kComputesAgain ? KeyCopy(copier, params.v.row_stride) : v_copy;
+    const auto copy_of = [&](const KeyCopy& copy, const HeadTensor& tensor, int again) {
+      return kComputesAgain ? KeyCopy(again, tensor.row_stride) : copy;
+    };
+    const int again = kComputesAgain ? thread_again<Traits::kThreads>() : thread;
+    const KeyCopy k_next = copy_of(k_copy, params.k, again);
+    const KeyCopy v_next = copy_of(v_copy, params.v, again);
     // Everyone has left the last step: what it read may be overwritten, this step's copies are in.
     copy_async_wait<0>();
     block_barrier();

@@ -89,7 +89,7 @@ struct QuerySteps {
     return at;
   }
 
-  // The place in its group of the head after this one.
+  // The place in its group of the head after this one: a count would take a register in all steps.
   FUSEFORMER_DEVICE int next_member() const { return kept().head % given.forward.group + 1; }
 
   // Only the first thread of the block passes turns: for it alone is what it has added to.

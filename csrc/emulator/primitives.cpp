@@ -157,22 +157,38 @@ void atomic_add(float* target, float x) {
   }
   if (instrumented) check_access(target, 4, Access::kAtomic, CALLER);
   *target += x;
+  current->unpublished = true;
+  if (block.takes_turns && block.turns.empty()) error("a sum outside of its turn", CALLER);
 }
 
-// Whoever passes a turn on must have waited for it: sums of blocks that do not wait may come out in
-// order by chance.
+// Sums that are not kept in order may come out in order by chance. So whoever passes a turn on must
+// have waited for it, and all threads of the block have published what they have added; and who
+// waits for a larger block may wait for one that does not begin while it waits.
 void wait_for_turn(const int* counter, int value) {
   if (!in_global(counter, 4)) give_up("out of bounds: turn beside all allocations");
   wait_for(counter, value);
+  const auto passer = passers.find(counter);
+  if (passer != passers.end() && passer->second > block.number) {
+    error("the turn does not come but by a later block, which may not have begun", CALLER);
+  }
   block.turns.insert(counter);
+  block.takes_turns = true;
 }
 
-void publish() {}
+void publish() { current->unpublished = false; }
 
 void pass_turn(int* counter) {
   if (!in_global(counter, 4)) give_up("out of bounds: turn beside all allocations");
   if (!block.turns.erase(counter)) error("a turn is passed on that was not waited for", CALLER);
+  for (const Thread& thread : block.threads) {
+    if (thread.unpublished) {
+      error("a turn is passed on before all sums are published", CALLER);
+      break;
+    }
+  }
   ++*counter;
+  passers[counter] = block.number;
+  may_let_others_run();
 }
 
 }  // namespace fuseformer

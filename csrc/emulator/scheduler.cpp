@@ -42,6 +42,7 @@ extern "C" void fuseformer_switch_stacks(void** saved, void* next);
 namespace fuseformer::emulator {
 
 Block block;
+std::map<const int*, uint64_t> passers;
 Thread* current = nullptr;
 Report report;
 bool instrumented = false;
@@ -182,9 +183,8 @@ void begin_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes, int slot,
   block.live = count;
   block.threads.resize(count);
   block.warps.assign((count + 31) / 32, Warp());
-  for (Barrier& barrier : block.barriers) barrier.waiting.clear();
-  block.awaited.clear();
   block.turns.clear();
+  block.takes_turns = false;
   block.shared_bytes = shared_bytes;
   block.shared = new_shared(shared_bytes);
   for (int i = count - 1; i >= 0; --i) {
@@ -309,6 +309,12 @@ void wait_for(const int* counter, int value) {
   wait("the turn of its block");
 }
 
+void may_let_others_run() {
+  if (!options().random_schedule || random_number() % 4) return;
+  make_ready(current->number);
+  switch_to_launcher();
+}
+
 void give_up(const std::string& what, const void* pc) {
   error(what, pc);
   gave_up = true;
@@ -342,10 +348,11 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
   gave_up = false;
   new_launch(blocks_begun + 1);
   const FaultsAreErrors faults_are_errors;
-  const int most = the_options.random_schedule ? kResidentBlocks : 1;
+  passers.clear();
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const int most = the_options.random_schedule ? std::min<uint64_t>(kResidentBlocks, blocks) : 1;
   const Stacks stacks(most * size.x * size.y * size.z);
   std::vector<Block> residents(most);  // each where `block` is while it runs
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t next = 0; !gave_up;) {
     std::vector<int> able;
     for (int slot = 0; slot < most; ++slot) {
@@ -406,11 +413,8 @@ void named_barrier(int id, int threads) {
   shuffle_warps();
   if (options().random_schedule) {
     make_ready(current->number);
-    if (random_number() % 4 == 0) {
-      switch_to_launcher();  // another block may go on
-    } else {
-      wait("its turn");
-    }
+    wait("its turn");
+    may_let_others_run();
   }
 }
 

@@ -134,6 +134,7 @@ void order(SelfTest test) {
   if (in_turn) wait_for_turn(out<int>(test), blockIdx.x);
   block_barrier();
   if (threadIdx.x == 0) atomic_add(out<float>(test) + 1, numbers[shared<int>()[63] % 4]);
+  publish();
   block_barrier();
   if (in_turn) pass_turn(out<int>(test));
 }
@@ -184,6 +185,33 @@ void ldmatrix_of_one_row(SelfTest test) {
 }
 
 // Mistakes. `out` holds 32 ints, `in` 32 ints.
+
+// Of a counter that is -1 at first, as all bits of memory are set.
+void turn_of_a_later_block(SelfTest test) {
+  if (threadIdx.x == 0) wait_for_turn(out<int>(test), 2 - blockIdx.x);
+  block_barrier();
+  if (threadIdx.x == 0) pass_turn(out<int>(test));
+}
+
+void turn_is_kept(SelfTest test) {
+  if (threadIdx.x == 0) wait_for_turn(out<int>(test), -1);
+}
+
+void turn_before_sums_are_published(SelfTest test) {
+  if (threadIdx.x == 0) wait_for_turn(out<int>(test), -1);
+  block_barrier();
+  atomic_add(out<float>(test) + 1, 1.0f);
+  block_barrier();
+  if (threadIdx.x == 0) pass_turn(out<int>(test));
+}
+
+void sum_after_its_turn(SelfTest test) {
+  if (threadIdx.x == 0) wait_for_turn(out<int>(test), -1);
+  block_barrier();
+  if (threadIdx.x == 0) pass_turn(out<int>(test));
+  block_barrier();
+  atomic_add(out<float>(test) + 1, 1.0f);
+}
 
 void read_past_global(SelfTest test) {
   out<int>(test)[threadIdx.x] = in<int>(test)[threadIdx.x + (threadIdx.x == 31)];
@@ -333,6 +361,10 @@ const std::map<std::string, Entry> kTests = {
     {"turns", {turns, 4, 32}},
     {"order", {order, 16, 64}},
     {"philox", {philox_words, 1, 32}},
+    {"turn_of_a_later_block", {turn_of_a_later_block, 4, 32}},
+    {"turn_is_kept", {turn_is_kept, 1, 32}},
+    {"turn_before_sums_are_published", {turn_before_sums_are_published, 1, 32}},
+    {"sum_after_its_turn", {sum_after_its_turn, 1, 32}},
     {"read_past_global", {read_past_global, 1, 32}},
     {"write_past_global", {write_past_global, 1, 32}},
     {"read_past_shared", {read_past_shared, 1, 32}},

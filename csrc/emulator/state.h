@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <deque>
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
@@ -29,6 +30,7 @@ struct Thread {
   void* stack_pointer = nullptr;
   char* stack_top = nullptr;
   bool done = false;
+  bool unpublished = false;  // has sums in global memory that others may not see yet
   const char* waits_for = nullptr;
   std::vector<Copy> open_copies;
   std::deque<std::vector<Copy>> copy_groups;
@@ -62,6 +64,7 @@ struct Block {
   Barrier barriers[16];
   std::vector<Awaited> awaited;
   std::set<const int*> turns;  // that this block has waited for and not passed on
+  bool takes_turns = false;    // has waited for one
   int live = 0;
   int slot = 0;         // among the blocks that run at the same time
   uint64_t number = 0;  // counted over all launches
@@ -70,6 +73,8 @@ struct Block {
 };
 
 extern Block block;
+// The number of the block that has passed a turn on last, in this launch.
+extern std::map<const int*, uint64_t> passers;
 extern Thread* current;
 extern Report report;
 // Whether the kernel is compiled with hooks: set by the first access that comes in.
@@ -81,12 +86,14 @@ uint32_t random_number();
 // error at the same place is counted, and reported with the `detail` of the first.
 void error(const std::string& what, const void* pc = nullptr, const std::string& detail = "");
 
-// Ends the launch: nothing after it in the block is run.
+// Ends the launch: nothing more of it is run.
 [[noreturn]] void give_up(const std::string& what, const void* pc = nullptr);
 
 // Lets others run until this thread is made ready again, or until `*counter` is `value`.
 void wait(const char* what);
 void wait_for(const int* counter, int value);
+// Where schedules are random, may let other blocks run; the thread goes on later.
+void may_let_others_run();
 void make_ready(int thread);
 
 // The threads in `joined` have seen of all what any of them has seen.

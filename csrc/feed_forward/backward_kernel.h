@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using Place = typename Warp::Place;
   constexpr int kBlockM = Traits::kBlockM, kBlockH = Traits::kBlockH, kWidth = Traits::kWidth;
   constexpr int kThreads = Traits::kThreads;
+  constexpr bool kFull = kWidth > 64;  // sums leave no registers
 
   const FeedForwardParams& params = given.forward;
   const auto [block_unit, split] = unit_block<Traits>(given, blockIdx.x);
@@ -125,8 +126,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
       return Decisions{seed_of(params.seed), step * kBlockM + place.row(), unit,
                        params.dropout_threshold};
     };
-    // The few draws of one row come first; those of more are made one by one while products run:
-    // together they would take too many registers.
+    // The few draws of one sixteen of rows come first; those of more are made one by one while
+    // products run: together they would take too many registers.
     constexpr bool kDrawsFirst = Warp::kRowTiles == 1;
     if constexpr (kDropout && kDrawsFirst) {
       FUSEFORMER_UNROLL
@@ -145,8 +146,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
     warp.multiply_tokens(hidden, stage, [&](int width_step, const auto&) {
       if constexpr (kDropout && !kDrawsFirst) {
         warp.share(Decisions::kDraws, width_step, [&](int draw) {
+          // Bits that wait for those of the draw before keep its words in registers.
           uint32_t drawn = 0;
-          decisions().keep(draw, drawn);
+          decisions().keep(draw, kFull ? drawn : kept);
           kept |= drawn;
         });
       }
@@ -220,7 +222,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
   block_barrier();
   uint32_t last_step = first;
-  compute_again(last_step);
+  if constexpr (kFull)
+    compute_again(last_step);  // else whether there is one is kept from the start
   if (thread == 0 && static_cast<int>(last_step) < end) pass_turn(given.turns + last_step);
 
   write_sums(given, warp);

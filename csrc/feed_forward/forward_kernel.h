@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   constexpr int kBlockM = Traits::kBlockM, kBlockH = Traits::kBlockH;
   constexpr int kWidth = Traits::kWidth, kThreads = Traits::kThreads;
 
-  // Whether random words leave no registers for what all steps have in common.
+  // Whether random words leave no registers for what all steps have in common. A number of the
+  // thread that is known not to be negative takes fewer, too.
   constexpr bool kComputesAgain = kDropout && kWidth > 128;
   const int block_row = blockIdx.x * kBlockM;
   const int thread = kComputesAgain ? threadIdx.x % kThreads : threadIdx.x, lane = thread % 32,

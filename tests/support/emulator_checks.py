@@ -308,6 +308,10 @@ CHECKS = [
 
 #: Kernels that do something wrong, and what the emulator must say of it.
 MISTAKES = {
+    "turn_of_a_later_block": "does not come",
+    "turn_is_kept": "ends without passing on its turn",
+    "turn_before_sums_are_published": "before all sums are published",
+    "sum_after_its_turn": "a sum outside of its turn",
     "read_past_global": "out of bounds: read of 4 bytes",
     "write_past_global": "out of bounds: write of 4 bytes",
     "read_past_shared": "out of bounds: read of 4 bytes",
