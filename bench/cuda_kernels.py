@@ -193,8 +193,8 @@ def compile_kernel(kernel: Kernel, architecture: int) -> bytes:
         source, target = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
         source.write_text(kernel.source)
         codes = f"arch=compute_80,code=sm_{architecture}"
-        command = [nvcc(), "-std=c++17", "-O3", "-gencode", codes, "-cubin"]
-        command += [f"-I{SOURCES}", str(source), "-o", str(target)]
+        command = [nvcc(), "-std=c++17", "-O3", "-Werror", "all-warnings", "-gencode", codes]
+        command += ["-cubin", f"-I{SOURCES}", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(32 * kGatedWarps)
       copy_16(&dact, place(params.dact, row));
       copy_16(&gate, place(params.gate_pre, row));
       copy_16(&up, place(params.up, row));
-      uint32_t keeps = 0;
+      [[maybe_unused]] uint32_t keeps = 0;
       if constexpr (kDropout) keeps = kept[row * kWords + chunk / 4] >> (chunk % 4 * 8);
       FUSEFORMER_UNROLL
       for (int word = 0; word < 4; ++word) {
