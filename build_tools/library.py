@@ -14,7 +14,6 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 
 from toolchain import Toolchain, cuda_libraries, jobs
@@ -49,6 +48,17 @@ KERNEL_SOURCES = tuple(
         "feed_forward/linear",
     )
     for dtype in ("bf16", "fp16")
+)
+#: Files of a toolkit that decide what an object for GPUs is.
+DEVICE_COMPILER = (
+    "bin/nvcc",
+    "bin/nvcc.profile",
+    "bin/cudafe++",
+    "bin/ptxas",
+    "bin/fatbinary",
+    "nvvm/bin/cicc",
+    "nvvm/libdevice/libdevice.10.bc",
+    "include/cuda_runtime_api.h",
 )
 # The oldest torch whose stable ABI is used.
 _TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
@@ -95,6 +105,16 @@ def _make_cache() -> None:
         ) from error
 
 
+def _digest(home: Path) -> str:
+    """Return what tells the compilers for GPUs of two toolkits apart; some say no version."""
+    digest = hashlib.sha256()
+    for path in (home / name for name in DEVICE_COMPILER):
+        if path.exists():
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 class Library:
     """The library of one toolchain."""
 
@@ -103,6 +123,7 @@ class Library:
         # What depends on where the sources and headers lie stays out of the objects.
         include = tools.torch_include
         self.paths = [f"-ffile-prefix-map={SOURCES}=csrc", f"-ffile-prefix-map={include}=torch"]
+        self.device_compiler = _digest(tools.cuda_home) if tools.cuda_home is not None else ""
 
     @property
     def host_command(self) -> list:
@@ -204,16 +225,6 @@ class Library:
                 words = [word.replace(str(place), name) for word in words]
         return words
 
-    @cached_property
-    def _device_compiler(self) -> str:
-        """A digest of the programs that compile for GPUs: a package each, some say no version."""
-        digest = hashlib.sha256()
-        for name in ("bin/nvcc", "bin/cudafe++", "nvvm/bin/cicc", "bin/ptxas", "bin/fatbinary"):
-            path = self.tools.cuda_home / name
-            if path.exists():
-                digest.update(path.read_bytes())
-        return digest.hexdigest()
-
     def _key(self, source: str, command: list) -> str:
         """Return a name for what goes into the object of a source."""
         path = SOURCES / source
@@ -225,7 +236,7 @@ class Library:
         if path.suffix == ".cu":
             # Arguments that nvcc takes from the environment, by itself.
             tools += [os.environ.get(f"NVCC_{where}_FLAGS", "") for where in ("PREPEND", "APPEND")]
-            tools.append(self._device_compiler)
+            tools.append(self.device_compiler)
         text = repr((_texts(path), self._without_places(command), tools))
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 

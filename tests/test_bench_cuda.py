@@ -58,6 +58,7 @@ def test_what_ships_holds_no_collective_instruction_that_the_emulator_does_not_m
 ):
     target = tmp_path / "kernels.ptx"
     command = [cuda_kernels.nvcc(), "-std=c++17", "-O3", "-arch=compute_80", "-ptx"]
+    command += ["-Werror", "all-warnings"]
     subprocess.run([*command, source, "-o", target], check=True)
     used = set(re.findall(r"^\s+(?:@!?%p\d+\s+)?([a-z][\w.]*)[\s;]", target.read_text(), re.M))
     together = {name for name in used if _TOGETHER.search(name)}

@@ -131,8 +131,9 @@ def forward_and_backward(kernels, head_dim, dropout_p=0.0, deterministic=True):
     queries, keys = (512, 512) if head_dim == 32 else (256, 256)  # there a block has few steps
     q, dout = (torch.randn(1, 2, queries, head_dim).to(BF16) for _ in range(2))
     k, v = (torch.randn(1, 2, keys, head_dim).to(BF16) for _ in range(2))
-    # The halves of the keys add to dq what cancels, but for what depends on the order of the sums.
-    k, v, scale = torch.cat((k, -k), 2), torch.cat((v, v), 2), 1e-4
+    # Of keys without values the gradient of the logits is the same for all, which adds to dq what
+    # cancels, but for what depends on the order of the sums.
+    k, v, scale = torch.cat((k, -k, 0 * k), 2), torch.cat((0 * v, 0 * v, v), 2), 1e-4
     plain = (None,) * 5
     options = (torch.tensor(5), "bottom_right", -1, -1, 0.0, scale, dropout_p)
     out, lse = kernels.attention_forward(q, k, v, *plain, *options)
@@ -156,19 +157,20 @@ def test_every_result_repeats_to_the_last_bit_in_any_order(head_dim, dropout_p, 
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
-def test_without_turns_the_sums_come_in_any_order(head_dim, plain):
-    """Which shows that the test above looks at something: these are its orders."""
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_without_turns_the_sums_come_in_any_order(head_dim, dropout_p, plain):
+    """Which shows that the test above looks at something."""
     set_options(plain)
-    in_order = forward_and_backward(plain, head_dim)
-    without = forward_and_backward(plain, head_dim, deterministic=False)
+    in_order = forward_and_backward(plain, head_dim, dropout_p)
+    without = forward_and_backward(plain, head_dim, dropout_p, deterministic=False)
     for a, b in zip(in_order, without, strict=True):
         assert torch.equal(a, b)  # blocks run one after the other here
     runs = []
     for seed, landing in ORDERS:
         set_options(plain, seed, landing, random=True)
-        runs.append(forward_and_backward(plain, head_dim, deterministic=False))
+        runs.append(forward_and_backward(plain, head_dim, dropout_p, deterministic=False))
     dq = 2
-    assert not all(torch.equal(run[dq], runs[0][dq]) for run in runs)
+    assert all((run[dq] != runs[0][dq]).sum() > 50 for run in runs[1:])
     for run in runs:
         assert all(torch.equal(run[i], in_order[i]) for i in (0, 1, 3, 4))
 

@@ -63,6 +63,26 @@ MUTANTS = {
         "shared_begin + block.slot * kSharedSpace",
         "shared_begin + 0 * block.slot",
     ),
+    "a turn may come by a later block": (
+        "primitives.cpp",
+        "passer->second > block.number",
+        "passer->second > block.number + 9",
+    ),
+    "sums need not be published": (
+        "primitives.cpp",
+        "current->unpublished = block.has_sums = true;",
+        "block.has_sums = true;",
+    ),
+    "sums may come outside of a turn": (
+        "primitives.cpp",
+        "block.turns.empty() || !has_seen(block.waiter, block.waited)",
+        "!has_seen(block.waiter, block.waited)",
+    ),
+    "a barrier after the wait is not needed": (
+        "primitives.cpp",
+        "block.turns.empty() || !has_seen(block.waiter, block.waited)",
+        "block.turns.empty()",
+    ),
     "blocks run one after the other": (
         "scheduler.cpp",
         "std::min<uint64_t>(kResidentBlocks, blocks) : 1",
@@ -79,7 +99,7 @@ MUTANTS = {
         "current->copy_groups.size()) > pending + 1",
     ),
     "a barrier orders nothing": (
-        "scheduler.cpp",
+        "barriers.cpp",
         "  join_clocks(arrived);\n",
         "",
     ),
@@ -129,7 +149,7 @@ MUTANTS = {
         "kBanks",
     ),
     "barriers of two sizes are one": (
-        "scheduler.cpp",
+        "barriers.cpp",
         "!barrier.waiting.empty() && barrier.expected != threads",
         "false",
     ),

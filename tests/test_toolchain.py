@@ -108,10 +108,11 @@ def test_ptx_is_made_once_for_all_binaries(toolchain, architectures, codes):
 def test_an_object_is_that_of_its_compiler_and_its_arguments(toolchain, tmp_path):
     import library
 
-    def keys(program="bin/ptxas", text="one", **variables):
-        home = tmp_path / f"{program}-{text}"
-        (home / program).parent.mkdir(parents=True, exist_ok=True)
-        (home / program).write_text(text)
+    def keys(changed_file=None, **variables):
+        home = tmp_path / "home"
+        for name in library.DEVICE_COMPILER:
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_text("another" if name == changed_file else "one")
         with pytest.MonkeyPatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
@@ -132,12 +133,13 @@ def test_an_object_is_that_of_its_compiler_and_its_arguments(toolchain, tmp_path
     usual = keys()
     assert keys() == usual
 
-    def changed(**changes):
-        pairs = zip(keys(**changes), usual, strict=True)
+    def changed(*arguments, **variables):
+        pairs = zip(keys(*arguments, **variables), usual, strict=True)
         return tuple(one != other for one, other in pairs)
 
-    assert changed(text="another") == (True, False, False)
-    assert changed(program="nvvm/bin/cicc", text="another") == (True, False, False)
+    assert {"bin/nvcc", "bin/ptxas", "nvvm/bin/cicc"} <= set(library.DEVICE_COMPILER)
+    for name in library.DEVICE_COMPILER:
+        assert changed(name) == (True, False, False), name
     assert changed(NVCC_APPEND_FLAGS="-G") == (True, False, False)
     assert changed(NVCC_PREPEND_FLAGS="-G") == (True, False, False)
     assert changed(CXXFLAGS="-march=native -g") == (False, True, True)

@@ -150,6 +150,15 @@ void copy_async_wait_for(int pending) {
   }
 }
 
+namespace {
+
+// Whether the running thread has seen what another thread of the block did at `clock`.
+bool has_seen(int thread, uint32_t clock) {
+  return !instrumented || thread == current->number || clock <= current->clocks[thread];
+}
+
+}  // namespace
+
 void atomic_add(float* target, float x) {
   if (!in_global(target, 4)) {
     error("out of bounds: sum beside all allocations", CALLER);
@@ -157,31 +166,42 @@ void atomic_add(float* target, float x) {
   }
   if (instrumented) check_access(target, 4, Access::kAtomic, CALLER);
   *target += x;
-  current->unpublished = true;
-  if (block.takes_turns && block.turns.empty()) error("a sum outside of its turn", CALLER);
+  current->unpublished = block.has_sums = true;
+  if (!block.takes_turns) return;
+  if (block.turns.empty() || !has_seen(block.waiter, block.waited)) {
+    error("a sum outside of its turn", CALLER);
+  }
 }
 
 // Sums that are not kept in order may come out in order by chance. So whoever passes a turn on must
-// have waited for it, and all threads of the block have published what they have added; and who
-// waits for a larger block may wait for one that does not begin while it waits.
+// have waited for it; all threads of the block add behind a barrier after that, and publish what
+// they have added before a barrier ahead of passing it on. And who waits for a block of a larger
+// number may wait for one that does not begin while it waits.
 void wait_for_turn(const int* counter, int value) {
   if (!in_global(counter, 4)) give_up("out of bounds: turn beside all allocations");
   wait_for(counter, value);
   const auto passer = passers.find(counter);
   if (passer != passers.end() && passer->second > block.number) {
-    error("the turn does not come but by a later block, which may not have begun", CALLER);
+    error("the turn does not come but by a block of a larger number, which may not have begun",
+          CALLER);
   }
+  if (block.has_sums && !block.takes_turns) error("a sum outside of its turn", CALLER);
   block.turns.insert(counter);
   block.takes_turns = true;
+  block.waiter = current->number;
+  block.waited = instrumented ? current->clocks[current->number] : 0;
 }
 
-void publish() { current->unpublished = false; }
+void publish() {
+  current->unpublished = false;
+  if (instrumented) current->published = current->clocks[current->number];
+}
 
 void pass_turn(int* counter) {
   if (!in_global(counter, 4)) give_up("out of bounds: turn beside all allocations");
   if (!block.turns.erase(counter)) error("a turn is passed on that was not waited for", CALLER);
   for (const Thread& thread : block.threads) {
-    if (thread.unpublished) {
+    if (thread.unpublished || !has_seen(thread.number, thread.published)) {
       error("a turn is passed on before all sums are published", CALLER);
       break;
     }

@@ -1,4 +1,4 @@
-// Fibers, whose turn it is among threads and among blocks, and barriers.
+// Fibers, and whose turn it is among threads and among blocks.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -6,7 +6,6 @@
 #include <new>
 #include <sstream>
 
-#include "../device/platform.h"
 #include "sanitizer.h"
 #include "state.h"
 
@@ -120,12 +119,6 @@ Thread* next_ready() {
   return &block.threads[number];
 }
 
-void shuffle_warps() {
-  for (size_t i = 0; i < block.warps.size(); ++i) {
-    block.warps[i].priority = the_options.random_schedule ? random_number() : i;
-  }
-}
-
 void run_thread() {
   (*the_kernel)();
   current->done = true;
@@ -184,7 +177,7 @@ void begin_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes, int slot,
   block.threads.resize(count);
   block.warps.assign((count + 31) / 32, Warp());
   block.turns.clear();
-  block.takes_turns = false;
+  block.takes_turns = block.has_sums = false;
   block.shared_bytes = shared_bytes;
   block.shared = new_shared(shared_bytes);
   for (int i = count - 1; i >= 0; --i) {
@@ -289,6 +282,12 @@ uint32_t random_number() {
   return static_cast<uint32_t>(random_state >> 33);
 }
 
+void shuffle_warps() {
+  for (size_t i = 0; i < block.warps.size(); ++i) {
+    block.warps[i].priority = the_options.random_schedule ? random_number() : i;
+  }
+}
+
 void make_ready(int thread) { block.warps[thread / 32].ready.push_back(thread); }
 
 void wait(const char* what) {
@@ -326,19 +325,6 @@ __attribute__((noinline)) void poison_registers() {
   char below[kPoisonedBytes];
   std::memset(below, 0xff, sizeof below);
   asm volatile("" ::"r"(below) : "memory");
-}
-
-void join_clocks(const std::vector<int>& joined) {
-  if (!instrumented) return;
-  Clocks seen(block.threads.size(), 0);
-  for (int number : joined) {
-    const Clocks& clocks = block.threads[number].clocks;
-    for (size_t i = 0; i < seen.size(); ++i) seen[i] = std::max(seen[i], clocks[i]);
-  }
-  for (int number : joined) {
-    block.threads[number].clocks = seen;
-    ++block.threads[number].clocks[number];
-  }
 }
 
 void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
@@ -379,59 +365,3 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
 }
 
 }  // namespace fuseformer::emulator
-
-namespace fuseformer {
-
-using namespace emulator;
-
-void named_barrier(int id, int threads) {
-  const int size = static_cast<int>(block.threads.size());
-  if (id < 0 || id > 15 || threads <= 0 || threads > size || threads % 32) {
-    give_up("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads");
-  }
-  Barrier& barrier = block.barriers[id];
-  if (!barrier.waiting.empty() && barrier.expected != threads) {
-    give_up("barrier " + std::to_string(id) + " of " + std::to_string(threads) +
-            " threads, where others wait for " + std::to_string(barrier.expected));
-  }
-  barrier.expected = threads;
-  ++report.counters.barriers;
-  barrier.waiting.push_back(current->number);
-  if (static_cast<int>(barrier.waiting.size()) < threads) {
-    wait(id ? "a named barrier" : "a barrier of the block");
-    return;
-  }
-  const std::vector<int> arrived = std::move(barrier.waiting);
-  barrier.waiting.clear();
-  join_clocks(arrived);
-  if (threads == size && instrumented) {
-    for (size_t i = 0; i < block.warps.size(); ++i) count_conflicts(i);
-  }
-  for (int number : arrived) {
-    if (number != current->number) make_ready(number);
-  }
-  shuffle_warps();
-  if (options().random_schedule) {
-    make_ready(current->number);
-    wait("its turn");
-    may_let_others_run();
-  }
-}
-
-void block_barrier() {
-  if (block.live != static_cast<int>(block.threads.size())) {
-    give_up("a barrier of the block, which other threads have left");
-  }
-  named_barrier(0, block.live);
-}
-
-void warp_barrier() {
-  int nothing = 0;
-  collective("a barrier of the warp", nothing, [](int**) {
-    std::vector<int> lanes;
-    for (int i = 0; i < 32; ++i) lanes.push_back(current->number / 32 * 32 + i);
-    join_clocks(lanes);
-  });
-}
-
-}  // namespace fuseformer

@@ -31,6 +31,7 @@ struct Thread {
   char* stack_top = nullptr;
   bool done = false;
   bool unpublished = false;  // has sums in global memory that others may not see yet
+  uint32_t published = 0;    // when they were last published, by its clock
   const char* waits_for = nullptr;
   std::vector<Copy> open_copies;
   std::deque<std::vector<Copy>> copy_groups;
@@ -65,6 +66,9 @@ struct Block {
   std::vector<Awaited> awaited;
   std::set<const int*> turns;  // that this block has waited for and not passed on
   bool takes_turns = false;    // has waited for one
+  bool has_sums = false;       // in global memory
+  int waiter = 0;              // who has last waited for a turn, and when by its clock
+  uint32_t waited = 0;
   int live = 0;
   int slot = 0;         // among the blocks that run at the same time
   uint64_t number = 0;  // counted over all launches
@@ -94,6 +98,8 @@ void wait(const char* what);
 void wait_for(const int* counter, int value);
 // Where schedules are random, may let other blocks run; the thread goes on later.
 void may_let_others_run();
+// Draws the order of the warps anew.
+void shuffle_warps();
 void make_ready(int thread);
 
 // The threads in `joined` have seen of all what any of them has seen.

@@ -146,10 +146,14 @@ __global__ void __launch_bounds__(Traits::kThreads)
     warp.multiply_tokens(hidden, stage, [&](int width_step, const auto&) {
       if constexpr (kDropout && !kDrawsFirst) {
         warp.share(Decisions::kDraws, width_step, [&](int draw) {
-          // Bits that wait for those of the draw before keep its words in registers.
-          uint32_t drawn = 0;
-          decisions().keep(draw, kFull ? drawn : kept);
-          kept |= drawn;
+          if constexpr (kFull) {
+            // Bits that wait for those of the draw before would keep its words in registers.
+            uint32_t drawn = 0;
+            decisions().keep(draw, drawn);
+            kept |= drawn;
+          } else {
+            decisions().keep(draw, kept);
+          }
         });
       }
     });
@@ -222,8 +226,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
   block_barrier();
   uint32_t last_step = first;
-  if constexpr (kFull)
-    compute_again(last_step);  // else whether there is one is kept from the start
+  // Where there is room, the comparison with `end` is made once, before the loop.
+  if constexpr (kFull) compute_again(last_step);
   if (thread == 0 && static_cast<int>(last_step) < end) pass_turn(given.turns + last_step);
 
   write_sums(given, warp);

@@ -26,6 +26,7 @@ SOURCES = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulator"
 RUNTIME = (
     "scheduler",
+    "barriers",
     "memory",
     "instrumentation",
     "bank_conflicts",
