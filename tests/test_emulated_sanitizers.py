@@ -41,4 +41,4 @@ def test_a_mistake_ends_the_process(mistake, said):
     done = sanitized.start(mistake)
     assert done.returncode != 0
     assert said in done.stderr
-    assert "self_test_kernels.cpp" in done.stderr
+    assert "self_test_mistakes.h" in done.stderr
