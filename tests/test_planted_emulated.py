@@ -14,9 +14,9 @@ from planted_emulated import (
     RACE,
     UNINITIALISED,
     WRONG,
+    check_case,
     check_caught,
     planted,
-    run,
 )
 
 BF16 = torch.bfloat16
@@ -273,12 +273,12 @@ BUGS = {
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name, tmp_path):
     *bug, case, how = BUGS[name]
-    check_caught(how, run, planted(tmp_path, 64, 80, *bug), case)
+    check_caught(how, check_case, planted(tmp_path, 64, 80, *bug), case)
 
 
 @pytest.mark.parametrize("architecture", [80, 86])
 def test_the_copy_without_a_bug_passes(architecture, tmp_path):
     """Else the tests above would pass for any reason at all."""
     kernels = planted(tmp_path, 64, architecture)
-    for case in (PLAIN, CAUSAL, WINDOW, LENGTHS, DROPOUT):
-        run(kernels, case)
+    for case in (PLAIN, TALL, CAUSAL, WINDOW, LENGTHS, DROPOUT):
+        check_case(kernels, case)

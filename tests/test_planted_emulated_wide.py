@@ -8,9 +8,9 @@ from planted_emulated import (
     INFLIGHT,
     RACE,
     WRONG,
+    check_case,
     check_caught,
     planted,
-    run,
 )
 
 BF16 = torch.bfloat16
@@ -176,7 +176,7 @@ BUGS = {
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name, tmp_path):
     *bug, case, how = BUGS[name]
-    check_caught(how, run, planted(tmp_path, 256, 86 if "small" in name else 80, *bug), case)
+    check_caught(how, check_case, planted(tmp_path, 256, 86 if "small" in name else 80, *bug), case)
 
 
 @pytest.mark.parametrize("architecture", [80, 86])
@@ -184,4 +184,4 @@ def test_the_copy_without_a_bug_passes(architecture, tmp_path):
     """Else the tests above would pass for any reason at all."""
     kernels = planted(tmp_path, 256, architecture)
     for case in (PLAIN, CAUSAL, DROPOUT):
-        run(kernels, case)
+        check_case(kernels, case)

@@ -19,7 +19,7 @@ def planted(folder, head_dim, architecture=80, file="attention/mask.h", correct=
     return kernels
 
 
-def run(kernels, case):
+def check_case(kernels, case):
     """Raise an error for whatever is wrong with a case: errors, then values, then conflicts."""
     check_dense(kernels, case)
     assert kernels.counters["ldmatrix_conflicts"] == 0, "bank conflicts"
