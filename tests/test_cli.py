@@ -305,7 +305,7 @@ def test_damaged_checkpoints_are_named(pretrained, tmp_path, capsys):
 
 
 def test_output_that_cannot_be_written_is_no_traceback(pretrained):
-    program = [sys.executable, "-m", "fuseformer.cli"]
+    program = [sys.executable, "-m", "fuseformer_command"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [*program, "info"], stdout=full, stderr=subprocess.PIPE, text=True, check=False

@@ -63,7 +63,7 @@ def members(wheel):
 
 def expected_members(mode, tag):
     """Every Python file and every file of data that git has, and what the mode adds."""
-    found = ["fuseformer/_build.json"]
+    found = ["fuseformer/_build.json", "fuseformer_command.py"]
     for folder, package in (("python/fuseformer", "fuseformer"), ("kernels", "fuseformer/kernels")):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".toml", ".html") or path.name == "py.typed":

@@ -32,7 +32,15 @@ def demo(tmp_path_factory):
     (folder / "pretrain").mkdir()
     (folder / "pretrain" / "recipe.toml").write_text("steps = 1\n")
     (folder / "pretrain" / "left behind").write_text("by an earlier one")
-    command = [sys.executable, "-m", "fuseformer.cli", "demo", "--quick", "--output", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "fuseformer_command",
+        "demo",
+        "--quick",
+        "--output",
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout

@@ -40,7 +40,7 @@ def whole(tmp_path_factory):
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     outcome = start(folder)
-    assert (outcome.step, outcome.interrupted) == (RECIPE.steps, False)
+    assert (outcome.step, outcome.signal) == (RECIPE.steps, "")
     return folder
 
 
@@ -200,7 +200,7 @@ def test_a_signal_saves_once_and_the_run_goes_on(number, at, tmp_path, whole, mo
         patch.setattr(Run, "save", noted)
         outcome = start(tmp_path)
     assert saved == [3, at]
-    assert (outcome.step, outcome.interrupted) == (at, True)
+    assert (outcome.step, outcome.signal) == (at, number.name)
     assert signal.getsignal(number) is before
     message = capsys.readouterr().err
     assert f"{number.name}: stopped after step {at} of 12 and saved" in message
@@ -320,10 +320,12 @@ def test_damaged_state_is_named_and_not_resumed_from(name, damage, tmp_path, who
 def test_leftovers_of_a_kill_are_cleared_and_never_resumed_from(tmp_path, whole):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
+    run = Run(folder)
+    run.manifest.write([*run.manifest.names(), "step-00000003", "step-00000015"])
     for left in ("step-00000015.partial", "step-00000003.removed", "step-00000012.replaced"):
-        shutil.copytree(Run(folder).latest(), folder / "checkpoints" / left)
-    assert [p.name for p in Run(folder).checkpoints()] == ["step-00000009", "step-00000012"]
-    shutil.rmtree(Run(folder).latest())
+        shutil.copytree(run.latest(), folder / "checkpoints" / left)
+    assert [p.name for p in run.checkpoints()] == ["step-00000009", "step-00000012"]
+    shutil.rmtree(run.latest())
     resume(folder)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step-00000009", "step-00000012"]

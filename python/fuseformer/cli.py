@@ -10,11 +10,15 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .info import describe, describe_kernels, survey
 from .tuning.recipe import Recipe, add_flags, flags_given, merged, read_recipe
+from .tuning.signals import InterruptedRunError
+
+if TYPE_CHECKING:
+    from .tuning.train import Outcome
 
 Command = Callable[[argparse.Namespace], str]
 
@@ -32,7 +36,7 @@ def _pretrain(arguments: argparse.Namespace) -> str:
     from .tuning.commands import pretrain
 
     outcome = pretrain(*_recipe_and_given(arguments), arguments.output, arguments.resume)
-    return "" if outcome.interrupted else f"saved {outcome.checkpoint}"
+    return _saved(outcome)
 
 
 def _tune(arguments: argparse.Namespace) -> str:
@@ -41,7 +45,13 @@ def _tune(arguments: argparse.Namespace) -> str:
     outcome = tune(
         *_recipe_and_given(arguments), arguments.output, arguments.resume, arguments.model
     )
-    return "" if outcome.interrupted else f"saved {outcome.checkpoint}"
+    return _saved(outcome)
+
+
+def _saved(outcome: "Outcome") -> str:
+    if outcome.signal:
+        raise InterruptedRunError(outcome.signal)
+    return f"saved {outcome.checkpoint}"
 
 
 def _evaluate(arguments: argparse.Namespace) -> str:
@@ -168,7 +178,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status, 2 for what the user can mend."""
+    """Run the command line; return the exit status.
+
+    2 is for what the user can mend, 130 and 143 for what SIGINT and SIGTERM ended early.
+    """
     parsed = _parser().parse_args(arguments)
     try:
         text = parsed.run(parsed)
@@ -177,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except InterruptedRunError as interruption:  # what was saved has been said
+        return interruption.status
     except KeyboardInterrupt:  # training saves and returns; this is everything else
         print(f"fuseformer {parsed.command}: interrupted", file=sys.stderr)
         return 130
@@ -194,4 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        "start `fuseformer` or `python -m fuseformer_command`: here PyTorch is loaded too early"
+    )

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +25,10 @@ from fuseformer.tuning.instructions import (
 from fuseformer.tuning.language_model import TunedModel
 from fuseformer.tuning.metrics import perplexity
 from fuseformer.tuning.objectives import Objective, make_objective, objective_of
+from fuseformer.tuning.ownership import check_single_process, owned
 from fuseformer.tuning.recipe import Recipe, differences, merged
 from fuseformer.tuning.runs import Run, load_tuned
+from fuseformer.tuning.signals import StopRequest
 from fuseformer.tuning.sources import corpus_texts, held_out_records, training_records
 from fuseformer.tuning.tokenizer import Tokenizer
 from fuseformer.tuning.train import Outcome, resolve_device, train
@@ -92,8 +95,23 @@ def _reopen(folder: Path, given: Mapping[str, Any]) -> tuple[Run, Recipe, Path, 
     return run, recipe, checkpoint, model, tokenizer
 
 
+@contextmanager
+def _training_in(folder: Path) -> Iterator[StopRequest]:
+    """Own the folder of a run, and let signals stop it in good order, from its first line on."""
+    check_single_process()
+    with StopRequest() as stop, owned(folder):
+        yield stop
+
+
 def pretrain(recipe: Recipe, given: Mapping[str, Any], folder: Path, resume: bool) -> Outcome:
     """Train a new model on plain text, or go on with a run; return where it stopped."""
+    with _training_in(folder) as stop:
+        return _pretrain(recipe, given, folder, resume, stop)
+
+
+def _pretrain(
+    recipe: Recipe, given: Mapping[str, Any], folder: Path, resume: bool, stop: StopRequest
+) -> Outcome:
     checkpoint = None
     if resume:
         run, recipe, checkpoint, model, tokenizer = _reopen(folder, given)
@@ -106,7 +124,15 @@ def pretrain(recipe: Recipe, given: Mapping[str, Any], folder: Path, resume: boo
     objective = make_objective(recipe, tokenizer)
     examples = objective.from_documents(texts)
     return train(
-        model, tokenizer, objective, examples, recipe, run, resume=checkpoint, title="pretrain"
+        model,
+        tokenizer,
+        objective,
+        examples,
+        recipe,
+        run,
+        resume=checkpoint,
+        stop=stop,
+        title="pretrain",
     )
 
 
@@ -118,6 +144,18 @@ def tune(
     base: Path | None,
 ) -> Outcome:
     """Train a checkpoint, or a new model, on instruction records; return where it stopped."""
+    with _training_in(folder) as stop:
+        return _tune(recipe, given, folder, resume, base, stop)
+
+
+def _tune(
+    recipe: Recipe,
+    given: Mapping[str, Any],
+    folder: Path,
+    resume: bool,
+    base: Path | None,
+    stop: StopRequest,
+) -> Outcome:
     for name in ("corpus", "held_out_share"):
         if name in given:
             raise ValueError(f"{name}: tuning reads records, not documents; leave it out")
@@ -148,7 +186,15 @@ def tune(
         )
     examples = objective.from_records(records)
     return train(
-        model, tokenizer, objective, examples, recipe, run, resume=checkpoint, title="tune"
+        model,
+        tokenizer,
+        objective,
+        examples,
+        recipe,
+        run,
+        resume=checkpoint,
+        stop=stop,
+        title="tune",
     )
 
 

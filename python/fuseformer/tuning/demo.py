@@ -5,7 +5,6 @@ Every figure comes from this run. The sizes below are what fits the time; what i
 """
 
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,10 +24,12 @@ from fuseformer.tuning.evaluation import Evaluation, evaluate
 from fuseformer.tuning.instructions import Record, encode_prompt
 from fuseformer.tuning.language_model import TunedModel
 from fuseformer.tuning.objectives import make_objective
+from fuseformer.tuning.ownership import check_single_process, owned
 from fuseformer.tuning.recipe import Recipe
 from fuseformer.tuning.recurrent import RecurrentResult, train_recurrent
 from fuseformer.tuning.report import Example, comparison_rows, table, write_report
 from fuseformer.tuning.runs import Run
+from fuseformer.tuning.signals import InterruptedRunError
 from fuseformer.tuning.sources import divided
 from fuseformer.tuning.tasks import CLASSIFICATION, DEFAULT_TASKS, TRANSLATION
 from fuseformer.tuning.tokenizer import Tokenizer
@@ -105,21 +106,23 @@ class _Clock:
         self.seconds[name] = time.perf_counter() - start
 
 
-MARK = ".fuseformer-demo"
+MARK, RUNS, REPORT = ".fuseformer-demo", ("pretrain", "tune"), "report.html"
 
 
 def _claim(folder: Path) -> None:
     """Make `folder` ready for a new demonstration; raises `ValueError` where others' runs lie."""
     mark = folder / MARK
-    for name in ("pretrain", "tune"):
+    for name in (*RUNS, REPORT):
         if (folder / name).exists() and not mark.exists():
             raise ValueError(
                 f"output: {folder / name} is not from a demonstration, which would replace it; "
                 "name another folder"
             )
-        shutil.rmtree(folder / name, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     mark.touch()
+    for name in RUNS:
+        run = Run(folder / name)
+        run.manifest.remove_run()
+        run.check_unused()
 
 
 def _spread(records: list[Record], count: int) -> list[Record]:
@@ -132,10 +135,16 @@ def run_demo(folder: Path, quick: bool = False) -> str:
 
     Leaves the runs `pretrain` and `tune`, which the other commands take, and `report.html` in
     `folder`, in the place of those of an earlier demonstration. Raises `ValueError` as the commands
-    do and where `folder` has runs that are not a demonstration's, and `SystemExit` where a signal
-    ended a stage early.
+    do and where `folder` has files that are not a demonstration's, and `InterruptedRunError` where
+    a signal ended a stage early.
     """
-    sizes, clock = QUICK if quick else FULL, _Clock()
+    check_single_process()
+    with owned(folder):
+        return _run_demo(folder, QUICK if quick else FULL)
+
+
+def _run_demo(folder: Path, sizes: Sizes) -> str:
+    clock = _Clock()
     begin = time.perf_counter()
     _claim(folder)
     with clock.stage("collecting text"):
@@ -152,7 +161,7 @@ def run_demo(folder: Path, quick: bool = False) -> str:
     def examples_of(records: Sequence[Record]) -> list[Any]:
         return list(make_objective(sizes.tune, tokenizer).from_records(records))
 
-    runs = {name: Run(folder / name) for name in ("pretrain", "tune")}
+    runs = {name: Run(folder / name) for name in RUNS}
     with clock.stage("pretraining"):
         examples = make_objective(sizes.pretrain, tokenizer).from_documents(texts)
         _train(model, tokenizer, examples, sizes.pretrain, runs["pretrain"])
@@ -179,7 +188,7 @@ def run_demo(folder: Path, quick: bool = False) -> str:
     shown = _examples(before, after)
     subject = split.of_task(CLASSIFICATION, "held_out")[0]
     write_report(
-        folder / "report.html",
+        folder / REPORT,
         title="A small Transformer, pretrained and tuned on Python's own documentation",
         summary=_summary(model, tokenizer, split, sizes),
         counts=_counts(after, split),
@@ -219,8 +228,8 @@ def _train(
         title=run.folder.name,
         advice="a demonstration begins anew",
     )
-    if outcome.interrupted:
-        raise SystemExit(0)
+    if outcome.signal:
+        raise InterruptedRunError(outcome.signal)
 
 
 def _judge(model: CausalLM, tokenizer: Tokenizer, split: Split, sizes: Sizes) -> Evaluation:

@@ -2,16 +2,17 @@
 
 ::
 
+    run.json                        which of the files here are the run's (`manifest`)
     recipe.toml                     what was asked for
     metrics.jsonl                   one line a step
     checkpoints/step-00000200/      a model (`models.checkpoint`), its tokenizer, and the state of
                                     optimizer, data order and random generators
 
-A checkpoint is written under another name and renamed when every byte of it is on the disk.
+A checkpoint is written under another name and renamed when every byte of it is on the disk. Files
+that the run has not written stay as they are.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,18 @@ from torch import Tensor
 from fuseformer.files import sync_folder, write_atomically
 from fuseformer.models.checkpoint import load_model, read_tensors, save_model, serialized
 from fuseformer.models.language_model import TokenModel
+from fuseformer.tuning.manifest import (
+    CHECKPOINTS,
+    LOG,
+    RECIPE,
+    STATE_NUMBERS,
+    STATE_TENSORS,
+    TOKENIZER,
+    Manifest,
+    remove_checkpoint,
+)
 from fuseformer.tuning.recipe import Recipe, read_recipe
 from fuseformer.tuning.tokenizer import Tokenizer
-
-STATE_TENSORS, STATE_NUMBERS = "training.safetensors", "training.json"
 
 
 class CheckpointError(ValueError):
@@ -69,47 +78,46 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.log = self.folder / "metrics.jsonl"
+        self.log = self.folder / LOG
+        self.manifest = Manifest(self.folder)
 
     def check_unused(self) -> None:
-        """Raise `ValueError` where the folder holds a run already."""
+        """Raise `ValueError` where the folder holds a run already, or anything else."""
         if self.checkpoints():
             raise ValueError(
                 f"output: {self.folder} holds a run already; pass --resume to go on with it, or "
                 "name another folder"
             )
+        foreign = self.manifest.foreign()
+        if foreign:
+            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            raise ValueError(
+                f"output: {self.folder} holds {', '.join(foreign[:3])}{more}, which no run has "
+                "written; name a folder that is new or empty"
+            )
 
     def create(self, recipe: Recipe) -> None:
-        """Make the folder and write the recipe; raises `ValueError` where it holds a run already.
+        """Make the folder and write the recipe.
 
-        What a run without a checkpoint left there is overwritten.
+        What a run without a checkpoint left there is overwritten. Raises `ValueError` where the
+        folder holds a run already, or anything else.
         """
         self.check_unused()
-        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self.clear_leftovers()
+        (self.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        self.manifest.clear_leftovers()
         self.log.unlink(missing_ok=True)
         text = recipe.to_toml().encode()
-        write_atomically(self.folder / "recipe.toml", lambda file: file.write(text))
+        write_atomically(self.folder / RECIPE, lambda file: file.write(text))
 
     @property
     def recipe(self) -> Recipe:
         """The recipe that the run was made with; raises `ValueError` where it cannot be read."""
-        return read_recipe(self.folder / "recipe.toml")[0]
-
-    def clear_leftovers(self) -> None:
-        """Remove what a kill left of checkpoints that were being written or removed."""
-        complete = set(self.checkpoints())
-        for path in (self.folder / "checkpoints").glob("step-*"):
-            if path not in complete:
-                shutil.rmtree(path)
+        return read_recipe(self.folder / RECIPE)[0]
 
     def checkpoints(self) -> list[Path]:
-        """Return the complete checkpoints, oldest first."""
-        return sorted(
-            path
-            for path in (self.folder / "checkpoints").glob("step-*")
-            if path.name.removeprefix("step-").isdigit()
-        )
+        """Return the complete checkpoints of the run, oldest first."""
+        paths = (self.folder / CHECKPOINTS / name for name in self.manifest.names())
+        return [path for path in paths if path.is_dir()]
 
     def latest(self) -> Path:
         """Return the newest checkpoint; raises `ValueError` where there is none."""
@@ -131,15 +139,23 @@ class Run:
 
         Raises `CheckpointError` where it cannot be written; the older ones are intact then.
         """
-        target = self.folder / "checkpoints" / f"step-{step:08d}"
+        target = self.folder / CHECKPOINTS / f"step-{step:08d}"
         partial = target.with_suffix(".partial")
         tensors = _optimizer_tensors(optimizer) | _random_states()
         numbers = {"step": step, **numbers}
+        names = self.manifest.names()
+        if target.exists() and target.name not in names:
+            raise CheckpointError(
+                f"{target}: is there already, and not from this run; move it to another place, and "
+                "go on with --resume"
+            )
         try:
-            self.clear_leftovers()
+            self.manifest.clear_leftovers()
+            # Named first: whatever a kill leaves of it is known to be the run's.
+            self.manifest.write([*names, target.name])
             partial.mkdir(parents=True)
             save_model(model, partial)
-            tokenizer.save(partial / "tokenizer.json")
+            tokenizer.save(partial / TOKENIZER)
             content = serialized(tensors)
             write_atomically(partial / STATE_TENSORS, lambda file: file.write(content))
             text = json.dumps(numbers).encode()
@@ -149,7 +165,7 @@ class Run:
             partial.rename(target)
             sync_folder(target.parent)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_checkpoint(partial)
             last = self.checkpoints()
             kept = f"the last good checkpoint is {last[-1]}" if last else "there is none before it"
             raise CheckpointError(
@@ -158,7 +174,7 @@ class Run:
         # Renamed first: a folder that is half removed must not count as a checkpoint.
         for old in self.checkpoints()[:-keep]:
             old.rename(old.with_suffix(".removed"))
-        self.clear_leftovers()
+        self.manifest.clear_leftovers()
         return target
 
     def restore(self, checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -171,7 +187,8 @@ class Run:
         try:
             tensors = read_tensors(path)
             random = {k: tensors.pop(k) for k in list(tensors) if k.startswith("random.")}
-            _restore_optimizer(optimizer, tensors)
+            if numbers["step"] > 0:  # before the first step there is no state
+                _restore_optimizer(optimizer, tensors)
             torch.set_rng_state(random["random.cpu"])
             if torch.cuda.is_available() and "random.cuda" in random:
                 torch.cuda.set_rng_state(random["random.cuda"])
@@ -238,9 +255,9 @@ def load_tuned(path: str | Path, device: str = "cpu") -> tuple[TokenModel, Token
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder, expected a run or a checkpoint")
-    if (folder / "checkpoints").is_dir():
+    if (folder / CHECKPOINTS).is_dir():
         folder = Run(folder).latest()
     model = load_model(folder, device)
     if not isinstance(model, TokenModel):
         raise ValueError(f"{folder}: holds a {type(model).__name__}, expected a language model")
-    return model, Tokenizer.load(folder / "tokenizer.json"), folder
+    return model, Tokenizer.load(folder / TOKENIZER), folder

@@ -2,13 +2,11 @@
 
 import contextlib
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from fuseformer.tuning.batches import PackedBatch, PackedSampler
 from fuseformer.tuning.objectives import Objective, weighted_loss
 from fuseformer.tuning.recipe import Recipe
 from fuseformer.tuning.runs import CheckpointError, Run
+from fuseformer.tuning.signals import StopRequest
 from fuseformer.tuning.tokenizer import Tokenizer
 
 
@@ -28,41 +27,11 @@ class NonFiniteLossError(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where training stopped, and whether it was asked to stop before its last step."""
+    """Where training stopped, and the signal that stopped it before its last step, or ""."""
 
     step: int
     checkpoint: Path
-    interrupted: bool
-
-
-class StopRequest:
-    """Turns SIGTERM and SIGINT into a wish that the loop reads between two steps.
-
-    A second signal acts at once, as if nothing had been changed.
-    """
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        # Only the main thread may set handlers; elsewhere the program's own ones stay.
-        with contextlib.suppress(ValueError):
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self._put_back()
-
-    def _put_back(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def __exit__(self, *exception: object) -> None:
-        self._put_back()
+    signal: str
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -143,6 +112,7 @@ def train(
     run: Run,
     *,
     resume: Path | None = None,
+    stop: StopRequest | None = None,
     title: str = "training",
     advice: str = "go on with --resume",
 ) -> Outcome:
@@ -150,7 +120,8 @@ def train(
 
     `resume` is the checkpoint of this run whose weights `model` has: its optimizer, data order and
     random generators go on as if nothing had happened, so that on a CPU the losses are the same to
-    the last bit. SIGTERM and SIGINT save, say so with `advice`, and return.
+    the last bit. SIGTERM and SIGINT save, say so with `advice`, and return; so does one that `stop`
+    has caught before: even then there is a checkpoint to resume from.
 
     Raises `NonFiniteLossError` for a loss or gradient that is not finite, with the weights as they
     were before that step, `CheckpointError` where a checkpoint cannot be written or belongs to
@@ -194,7 +165,7 @@ def train(
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 20,
     )
-    with StopRequest() as stop, bar:
+    with StopRequest() if stop is None else contextlib.nullcontext(stop) as stop, bar:
         while step < recipe.steps and not stop.name:
             start = time.perf_counter()
             for group in optimizer.param_groups:
@@ -230,10 +201,9 @@ def train(
                 last, saved = save(), step
         if last is None or saved != step:  # a signal came between two checkpoints
             last = save()
-    interrupted = step < recipe.steps
-    if interrupted:
+    if step < recipe.steps:
         print(
             f"{stop.name}: stopped after step {step} of {recipe.steps} and saved {last}; " + advice,
             file=sys.stderr,
         )
-    return Outcome(step, last, interrupted)
+    return Outcome(step, last, stop.name if step < recipe.steps else "")
