@@ -75,7 +75,7 @@ def _decode(lengths: tuple[int, ...], dim: int) -> None:
     q = torch.randn(len(lengths), 8, 1, dim, dtype=torch.bfloat16)
     cache = torch.randn(len(lengths), 2, max(lengths), dim, dtype=torch.bfloat16)
     real = torch.tensor(lengths, dtype=torch.int32)
-    decode.decode_attention(q, cache, cache, real, None, None, None, -1, 0.0, dim**-0.5)
+    decode.decode_attention(q, cache, cache, real, None, None, None, -1, 0, 0.0, dim**-0.5)
 
 
 def _rotary(length: int, dim: int) -> None:

@@ -30,13 +30,14 @@ def _overlap(
     right`; for a block of keys the roles are reversed.
     """
     queries, keys = arguments["seqlen_q"], arguments["seqlen_k"]
-    diagonal = keys - queries if arguments["BOTTOM_RIGHT"] else 0
     unbounded = queries + keys
     left, right = (arguments[f"window_{side}"] for side in ("left", "right"))
     left, right = (unbounded if bound is None else bound for bound in (left, right))
     if rows_of == "k":
-        diagonal, left, right = -diagonal, right, left
+        left, right = right, left
     for end in lengths:
+        diagonal = end - queries if arguments["BOTTOM_RIGHT"] else 0
+        diagonal = -diagonal if rows_of == "k" else diagonal
         rows, others = (queries, end) if rows_of == "q" else (end, queries)
         for start in range(0, queries if rows_of == "q" else keys, block):
             last = min(start + block, rows) - 1

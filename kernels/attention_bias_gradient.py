@@ -89,8 +89,8 @@ def attention_bias_gradient_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
-    # A tile that hides all its keys adds nothing. Diagonals of packed sequences may differ.
-    if cu_seqlens_q is None or not BOTTOM_RIGHT:
+    # A tile that hides all its keys adds nothing. Diagonals at the ends of sequences may differ.
+    if (cu_seqlens_q is None and key_lengths is None) or not BOTTOM_RIGHT:
         _start_q, _start_k, _rows, _keys, _end, diagonal = sequence_bounds(
             0, None, None, None, seqlen_q, seqlen_k, BOTTOM_RIGHT
         )

@@ -33,7 +33,8 @@ def sequence_bounds(
     """Return a sequence's first rows in q and k, its query number, its key end, its diagonal.
 
     Dense tensors start at row 0 of their batch entry. Keys at or past the end do not exist or are
-    padding; with a causal mask query i sees the keys up to i + diagonal.
+    padding; with a causal mask query i sees the keys up to i + diagonal. If BOTTOM_RIGHT, the last
+    query is aligned with the last key before the end.
     """
     start_q = tl.full((), 0, tl.int32)
     start_k = tl.full((), 0, tl.int32)
@@ -42,12 +43,12 @@ def sequence_bounds(
         start_k = tl.load(cu_seqlens_k + batch)
         seqlen_q = tl.load(cu_seqlens_q + batch + 1) - start_q
         seqlen_k = tl.load(cu_seqlens_k + batch + 1) - start_k
-    diagonal = tl.full((), 0, tl.int32)
-    if BOTTOM_RIGHT:
-        diagonal = seqlen_k - seqlen_q
     key_end = seqlen_k
     if key_lengths is not None:
         key_end = tl.maximum(tl.minimum(tl.load(key_lengths + batch), seqlen_k), 0)
+    diagonal = tl.full((), 0, tl.int32)
+    if BOTTOM_RIGHT:
+        diagonal = key_end - seqlen_q
     return start_q, start_k, seqlen_q, seqlen_k, key_end, diagonal
 
 

@@ -28,7 +28,7 @@ __all__ = ["decode_attention", "kernel_specs"]
 #: Integers that change from call to call: specialising on them would only add compilations. Strides
 #: are among them since that of a head, say, is the capacity times the head dim.
 _STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "qkvo" for dim in "bhs")
-_SIZES = ("heads", "seqlen_q", "capacity", "pages", "splits", "window_left")
+_SIZES = ("heads", "seqlen_q", "capacity", "pages", "splits", "window_left", "window_right")
 RUNTIME_SIZES = (*_STRIDES, *_SIZES, "stride_tb", "stride_ts")
 
 
@@ -133,12 +133,14 @@ def decode_attention_kernel(
     out_ptr, stride_ob, stride_oh, stride_os, lse_ptr,
     partial_ptr, partial_lse_ptr,
     lengths_ptr, table_ptr, stride_tb, stride_ts, slopes_ptr, sinks_ptr,
-    heads, seqlen_q, capacity, pages, splits, window_left, sm_scale, softcap,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    heads, seqlen_q, capacity, pages, splits, window_left, window_right, sm_scale, softcap,
+    FUTURE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Compute one split of the keys for the rows that share a key head: heads times queries.
 
+    Rows see keys behind their own if FUTURE, up to `window_right` of them where it is not None.
     A single split writes the output and its lse. Several write partial ones, (B, H, Sq, splits, D)
     and (B, H, Sq, splits) in float32 and the units of exp2, each a softmax of its own.
     Grid: (row blocks * splits * key heads * batch,), those that share keys side by side.
@@ -162,7 +164,7 @@ def decode_attention_kernel(
     real = row < rows  # (BLOCK_M,)
     head = kv_head * GROUP + row // seqlen_q  # (BLOCK_M,)
     query = row % seqlen_q  # (BLOCK_M,)
-    place = length - seqlen_q + query  # (BLOCK_M,) the last key that a row sees
+    place = length - seqlen_q + query  # (BLOCK_M,) the key that a row is aligned with
     columns = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     q_ptr += batch.to(tl.int64) * aligned(stride_qb, ALIGN)
     q_head = q_ptr + head.to(tl.int64) * aligned(stride_qh, ALIGN)  # (BLOCK_M,)
@@ -195,7 +197,12 @@ def decode_attention_kernel(
         distance = place[:, None] - keys[None, :]  # (BLOCK_M, BLOCK_N), negative: the future
         if slopes_ptr is not None:
             logits -= slopes[:, None] * tl.abs(distance).to(tl.float32)
-        seen = distance >= 0
+        if FUTURE:
+            seen = (keys < end)[None, :]
+        else:
+            seen = distance >= 0
+        if window_right is not None:
+            seen = seen & (distance >= -window_right)
         if window_left is not None:
             seen = seen & (distance <= window_left)
         logits = tl.where(seen, logits, -float("inf"))
@@ -280,14 +287,16 @@ def decode_attention(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     window_left: int,
+    window_right: int,
     softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output, like `q` (B, H, Sq, D), and lse (B, H, Sq) in float32.
 
     The caches are (B, Hkv, capacity, D), or (pages, Hkv, page_size, D) with a `block_table`
-    (B, max_pages). The last query is aligned with the last of `cache_lengths` (B,) keys; query i
-    sees no later key than its own and, with `window_left` >= 0, none further back than that.
+    (B, max_pages). The last query is aligned with the last of `cache_lengths` (B,) keys; a side of
+    the window that is not -1 bounds how far from its own key a query sees, 0 to the right makes it
+    causal.
     """
     layout = Layout.dense(q, k_cache)
     pages, kv_heads, page_size, _ = k_cache.shape
@@ -324,6 +333,8 @@ def decode_attention(
         "pages": pages,
         "sm_scale": scale,
         "softcap": softcap or None,
+        "window_right": None if window_right <= 0 else min(window_right, 2**30),
+        "FUTURE": window_right != 0,
         "GROUP": layout.group,
         "PAGE_SIZE": page_size if block_table is not None else 0,
         "PRECISION": dot_precision(layout.dtype),
@@ -368,12 +379,14 @@ def kernel_specs(family: str) -> Iterator[KernelSpec]:
     on the logits spread over them.
     """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    cases = [(bf16, dim, 4, 1, 0, False) for dim in (16, 32, 64, 128, 256)]
-    cases += [(fp16, dim, 8, 8, 16, True) for dim in (16, 24, 40, 80, 200)]
-    cases += [(bf16, dim, 8, 8, 256, True) for dim in (32, 64, 128, 256)]
-    cases += [(bf16, dim, 8, 4, 16, False) for dim in (64, 128, 256)]
-    cases += [(fp32, dim, 4, 2, 16, True) for dim in (16, 32, 64, 128, 256)]
-    for dtype, dim, group, seqlen_q, page_size, options in cases:
+    # head dim, query heads of a key head, queries, page size, options, the right side of the window
+    cases = [(bf16, dim, 4, 1, 0, False, 0) for dim in (16, 32, 64, 128, 256)]
+    cases += [(fp16, dim, 8, 8, 16, True, 0) for dim in (16, 24, 40, 80, 200)]
+    cases += [(bf16, dim, 8, 8, 256, True, 0) for dim in (32, 64, 128, 256)]
+    cases += [(bf16, dim, 8, 4, 16, False, 0) for dim in (64, 128, 256)]
+    cases += [(fp32, dim, 4, 2, 16, True, 0) for dim in (16, 32, 64, 128, 256)]
+    cases += [(bf16, dim, 8, 64, 16, True, 500) for dim in (16, 32, 64, 128, 256)]
+    for dtype, dim, group, seqlen_q, page_size, options, right in cases:
 
         def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -392,6 +405,7 @@ def kernel_specs(family: str) -> Iterator[KernelSpec]:
                 per_head,
                 per_head,
                 1000 if options else -1,
+                right,
                 30.0 if options else 0.0,
                 0.125,
             )

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from decode_checks import Case, arguments, check_decode
+from decode_checks import Case, arguments, check_decode, expected_results
 from emulated import Kernels
 from emulator_build import build
 
 import fuseformer as ff
-from fuseformer import reference
 from fuseformer.cuda import decode
 from fuseformer.testing import assert_close_to_reference
 
@@ -38,6 +37,10 @@ CASES = [
     Case((8, 2), 5, 128, BF16, LONG, page_size=8, capacity=1024),
     Case((4, 2), 2, 32, FP16, page_size=16, broken_pages=True, window_left=40),
     Case((2, 1), 1, 256, FP16, LONG, page_size=64, capacity=1024),
+    # not causal, with a window to either side and without one
+    Case((4, 2), 3, 64, BF16, window_right=-1),
+    Case((4, 2), 5, 32, FP16, (2, 63, 257), 16, window_left=30, window_right=1),
+    Case((2, 1), 8, 96, BF16, LONG, capacity=1024, window_right=3),
 ]
 
 
@@ -50,7 +53,7 @@ def test_against_the_oracle(case, rounding, plain):
 
 
 @pytest.mark.parametrize("landing", ["late", "early", "random"])
-@pytest.mark.parametrize("case", CASES[-6:], ids=str)
+@pytest.mark.parametrize("case", CASES[-9:], ids=str)
 def test_no_access_is_wrong_in_any_order(case, landing, shadow):
     shadow.emulator.set_options(True, 3, landing, "exact", 86)
     check_decode(shadow, case)
@@ -74,10 +77,7 @@ def test_the_public_op_and_what_it_refuses(plain):
             ff.decode_attention(
                 *inputs, block_table=call["block_table"], softcap=3.0, backend="cuda"
             )
-    exact, low = (
-        reference.decode_attention(**call | {n: call[n].to(d) for n in names[:3]})[0]
-        for d in (torch.float64, BF16)
-    )
+    exact, low = (expected_results(call, dtype)[0] for dtype in (torch.float64, BF16))
     assert_close_to_reference(out, exact, low)
 
 
@@ -95,7 +95,7 @@ def test_the_compiled_op_names_what_is_wrong(place, wrong, said, plain):
     q, cache = torch.zeros(2, 4, 1, 64, dtype=BF16), torch.zeros(2, 2, 32, 64, dtype=BF16)
     lengths = torch.zeros(2, dtype=torch.int32)
     given = [q, cache, cache, q.clone(), torch.zeros(2, 4, 1), lengths, None, None, None]
-    given += [1, -1, 1.0]
+    given += [1, -1, 0, 1.0]
     given[place] = wrong
     with pytest.raises(ValueError, match=said):
         plain.ops.attention_decode(*given)

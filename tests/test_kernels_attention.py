@@ -37,6 +37,9 @@ CASES = [
     Case((2, 1), (63, 111), 80, FP16, "top_left", 0.1, key_lengths=(0, 111, 50), batch=3),
     Case((2, 2), (111, 63), 72, BF16, padding=True, batch=2),
     Case((2, 1), (113, 113), 64, BF16, "bottom_right", 0.2, (113, 70), padding=True, batch=2),
+    # a diagonal that ends at a length, shorter than the queries too
+    Case((2, 1), (113, 257), 64, BF16, "bottom_right", 0.0, (257, 130, 40, 0), batch=4),
+    Case((1, 1), (257, 300), 128, FP16, "bottom_right", 0.1, (190,)),
     # dropout where several blocks meet
     Case((1, 1), (257, 257), 128, BF16, "top_left", 0.3),
     Case((2, 1), (257, 113), 32, FP16, "none", 0.5),

@@ -26,6 +26,8 @@ CASES = [
     Case((2, 1), (150, 150), 16, FP32, "top_left", window=(40, -1)),
     Case((1, 1), (70, 150), 16, FP32, "bottom_right", window=(70, 0)),
     Case((1, 1), (150, 70), 16, FP32, "bottom_right", window=(0, 3), key_lengths=(60,)),
+    Case((2, 1), (70, 150), 16, FP32, "bottom_right", window=(20, -1), key_lengths=(150, 90, 9),
+         batch=3),
     Case((1, 1), (65, 150), 16, FP32, window=(-1, 20)),
     Case((1, 1), (113, 113), 16, FP32, window=(0, 0)),
     Case((2, 1), (300, 290), 64, BF16, window=(150, 60)),
@@ -35,6 +37,9 @@ CASES = [
     # softcap, ALiBi, sinks
     Case((1, 1), (113, 63), 40, FP32, softcap=5.0),
     Case((3, 3), (113, 63), 40, FP32, "bottom_right", alibi=True),
+    Case((2, 2), (40, 113), 40, FP32, "bottom_right", alibi=True, key_lengths=(77, 20), batch=2),
+    Case((1, 1), (40, 200), 16, FP32, "bottom_right", bias="qk", window=(8, -1),
+         key_lengths=(200, 70), batch=2),
     Case((2, 2), (40, 70), 24, FP32, "bottom_right", sinks=True, batch=2),
     Case((2, 1), (70, 40), 64, BF16, "bottom_right", sinks=True, key_lengths=(0, 40), batch=2),
     # all together

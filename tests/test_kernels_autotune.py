@@ -254,7 +254,7 @@ def test_every_kernel_with_a_table_can_be_searched(monkeypatch, folder):
         yield from (out, lse)
         yield from attention.attention_backward(out, None, q, k, k, out, lse, *given, True)[:4]
         yield from decode.decode_attention(
-            q[:, :, :1], k, k, lengths, None, None, None, -1, 0.0, 0.25
+            q[:, :, :1], k, k, lengths, None, None, None, -1, 0, 0.0, 0.25
         )
         block = (x, w, torch.ones(64, dtype=HALF), w2, None)
         y, pre = feed_forward.feed_forward_forward(*block, None, "relu", 0.0)

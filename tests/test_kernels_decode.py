@@ -38,6 +38,10 @@ CASES = [
     # one split: a cache too small for more
     Case((6, 2), 3, 40, BF16, (0, 1, 63, 113), capacity=113),
     Case((5, 1), 5, 64, FP16, (0, 2, 63), 16, 64),
+    # not causal, with a window to either side and without one
+    Case((6, 2), 3, 64, BF16, window_right=-1),
+    Case((2, 1), 5, 16, FP32, SOME, 16, window_left=30, window_right=1),
+    Case((2, 1), 4, 40, FP16, (2, 63, 257), window_right=2, alibi=True),
     # what acts on the logits, alone and together
     Case((6, 2), 3, 64, BF16, SOME, window_left=20),
     Case((2, 2), 2, 16, FP32, SOME, window_left=0),
@@ -68,6 +72,7 @@ SHAPES = (
 OPTIONS = {
     "page_size": (0, 16),
     "window_left": (-1, 40),
+    "window_right": (0, -1, 2),
     "softcap": (0.0, 15.0),
     "alibi": (False, True),
     "sinks": (False, True),
@@ -129,7 +134,9 @@ def test_empty_batches_queries_and_caches(batch, queries, capacity, pages):
     if not pages and capacity:
         lengths *= 0
     sinks = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    out, lse = kernels.decode_attention(q, cache, cache, lengths, table, None, sinks, -1, 0.0, 1.0)
+    out, lse = kernels.decode_attention(
+        q, cache, cache, lengths, table, None, sinks, -1, 0, 0.0, 1.0
+    )
     assert not out.any()
     assert torch.equal(lse, sinks[:, None].expand(batch, 4, queries))
 
@@ -150,7 +157,7 @@ for shape, strides, table in (
     cache = room.as_strided(shape, strides).normal_()
     batch = shape[0] if table is None else 1
     q, lengths = torch.randn(batch, 1, 1, 16).half(), torch.full((batch,), shape[2])
-    out, _ = kernels.decode_attention(q, cache, cache, lengths, table, None, None, -1, 0.0, 0.25)
+    out, _ = kernels.decode_attention(q, cache, cache, lengths, table, None, None, -1, 0, 0.0, 0.25)
     exact, _ = reference.decode_attention(
         q, cache.contiguous(), cache.contiguous(), lengths, block_table=table, scale=0.25
     )

@@ -26,6 +26,15 @@ OPTIONS = {
     "padding": {"key_padding_mask": True},
     "padding_causal": {"key_padding_mask": True, "causal": True},
     "bias": {"bias": True},
+    "bottom_right_lengths": {"causal": "bottom_right", "key_lengths": True},
+    "bottom_right_lengths_all": {
+        "causal": "bottom_right",
+        "key_lengths": True,
+        "key_padding_mask": True,
+        "bias": True,
+        "window": (9, -1),
+        "alibi_slopes": True,
+    },
     "window": {"window": (9, 3), "causal": "bottom_right"},
     "window_both": {"window": (9, 3)},
     "softcap_alibi_sinks": {"softcap": 2.0, "alibi_slopes": True, "sinks": True},
@@ -84,6 +93,33 @@ def test_cpu_against_the_oracle(dtype, name, shape):
         assert_close_to_reference(a, e, b, factor=2 if what in ("out", "lse") else 3, name=what)
     assert actual[0].dtype == dtype
     assert actual[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("options", [{}, {"window": (20, -1), "alibi_slopes": torch.rand(4)}])
+@pytest.mark.parametrize(("sq", "sk"), [(1, 257), (63, 113), (113, 63)])
+def test_bottom_right_with_lengths_is_that_of_each_entry_alone(backend, options, sq, sk):
+    """The keys past a length might as well not exist."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, sq, 16), torch.randn(3, 2, sk, 16), torch.randn(3, 2, sk, 16)
+    lengths = torch.tensor([sk - 9, 0, sk])
+    call = {"causal": "bottom_right", "return_lse": True, "backend": backend, **options}
+    for x in (q, k, v):
+        x.requires_grad_()
+    together = ff.attention(q, k, v, key_lengths=lengths, **call)
+    apart = [
+        ff.attention(q[b, None], k[b, None, :, :n], v[b, None, :, :n], **call)
+        for b, n in enumerate(lengths.tolist())
+    ]
+    dout = torch.randn(3, 4, sq, 16)
+    for found, *expected in zip(together, *apart, strict=True):
+        torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(out, (q, k, v), dout)
+        for out in (together[0], torch.cat([out for out, _ in apart]))
+    ]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("sq", "sk"), [(1, 1), (1, 257), (257, 1)])

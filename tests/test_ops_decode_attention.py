@@ -15,6 +15,15 @@ OPTIONS = {
     "plain": {},
     "window": {"window": (20, 5)},
     "window_right": {"window": (-1, 0)},
+    "not_causal": {"causal": False},
+    "not_causal_window": {"causal": False, "window": (30, 2)},
+    "not_causal_all": {
+        "causal": False,
+        "window": (-1, 5),
+        "softcap": 3.0,
+        "alibi_slopes": True,
+        "sinks": True,
+    },
     "softcap": {"softcap": 2.0},
     "alibi": {"alibi_slopes": True},
     "sinks": {"sinks": True},
@@ -57,6 +66,18 @@ def made(options, heads):
     return {k: makers[k]() if v is True else v for k, v in options.items()}
 
 
+def alone(q, k, v, causal=True, window=None, alibi_slopes=None, **options):
+    """Return attention over keys that all count, what a mask hides being a bias."""
+    sq, sk = q.shape[2], k.shape[2]
+    distance = torch.arange(sk) - torch.arange(sk - sq, sk)[:, None]
+    left, right = (math.inf if n < 0 else n for n in window or (-1, -1))
+    hidden = (distance > (0 if causal else right)) | (distance < -left)
+    bias = torch.zeros(sq, sk).double().masked_fill(hidden, -math.inf)
+    if alibi_slopes is not None:
+        bias = bias - alibi_slopes[:, None, None] * distance.abs()
+    return ff.attention(q, k, v, bias=bias, return_lse=True, backend="reference", **options)
+
+
 @pytest.mark.parametrize("page_size", [0, 16])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_oracle_is_attention_on_each_sequence_alone(name, page_size):
@@ -78,10 +99,7 @@ def test_the_oracle_is_attention_on_each_sequence_alone(name, page_size):
             pages = table[b].clamp(min=0).long()
             k, v = (c[pages].transpose(0, 1).flatten(1, 2) for c in (k_cache, v_cache))
         k, v = (x[None, :, :length].double() for x in (k, v))
-        exact = ff.attention(
-            q[b, None].double(), k, v, causal="bottom_right", return_lse=True,
-            backend="reference", **options,
-        )  # fmt: skip
+        exact = alone(q[b, None].double(), k, v, **options)
         torch.testing.assert_close(out[b], exact[0][0])
         torch.testing.assert_close(lse[b], exact[1][0])
 
@@ -90,7 +108,15 @@ def test_the_oracle_is_attention_on_each_sequence_alone(name, page_size):
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "sq", "dim", "page_size"),
-    [(6, 2, 1, 64, 0), (6, 2, 8, 40, 16), (5, 1, 2, 128, 0), (4, 4, 5, 17, 34)],
+    [
+        (6, 2, 1, 64, 0),
+        (6, 2, 8, 40, 16),
+        (5, 1, 2, 128, 0),
+        (4, 4, 5, 17, 34),
+        (6, 2, 63, 40, 0),
+        (2, 1, 113, 24, 16),
+        (5, 1, 257, 16, 34),
+    ],
 )
 def test_cpu_against_the_oracle(dtype, name, heads, kv_heads, sq, dim, page_size):
     torch.manual_seed(0)
@@ -106,6 +132,51 @@ def test_cpu_against_the_oracle(dtype, name, heads, kv_heads, sq, dim, page_size
     assert results[0][1].dtype == torch.float32
     for what, *judged in zip(("out", "lse"), *results, strict=True):
         assert_close_to_reference(*judged, name=what)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": (300, 0), "sinks": True}])
+def test_cpu_takes_long_prompts_in_blocks(options):
+    """A block of rows ends within the queries, with lengths on both sides of their number."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 1000, 16), torch.randn(3, 2, 1300, 16), torch.randn(3, 2, 1300, 16)
+    lengths = torch.tensor([700, 1000, 1255])
+    call = {"return_lse": True, **made(options, 4)}
+    found = ff.decode_attention(q, k, v, lengths, backend="cpu", **call)
+    exact = ff.decode_attention(
+        q.double(), k.double(), v.double(), lengths, backend="reference", **call
+    )
+    low = ff.decode_attention(q, k, v, lengths, backend="reference", **call)
+    for what, *judged in zip(("out", "lse"), found, exact, low, strict=True):
+        assert_close_to_reference(*judged, name=what)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("chunk", [1, 9, 64, 113, 1000])
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_prompt_in_chunks_is_the_prompt_at_once(backend, chunk, paged):
+    torch.manual_seed(0)
+    total = 257
+    q = torch.randn(1, 4, total, 16)
+    k, v = torch.randn(1, 2, total, 16), torch.randn(1, 2, total, 16)
+    expected = ff.attention(q, k, v, causal=True, backend="reference")
+    caches = [torch.full((1, 2, 272, 16), math.nan) for _ in range(2)]
+    table = None
+    if paged:
+        table = torch.randperm(17)[None].int()
+    outs = []
+    for start in range(0, total, chunk):
+        rows = slice(start, min(start + chunk, total))
+        for cache, new in zip(caches, (k, v), strict=True):
+            cache[:, :, rows] = new[:, :, rows]
+        given = caches
+        if table is not None:
+            pages = [c.view(2, 17, 16, 16).transpose(0, 1) for c in caches]
+            given = [torch.empty_like(p).index_copy_(0, table[0].long(), p) for p in pages]
+        length = torch.tensor([min(start + chunk, total)])
+        outs.append(
+            ff.decode_attention(q[:, :, rows], *given, length, block_table=table, backend=backend)
+        )
+    torch.testing.assert_close(torch.cat(outs, 2), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -190,7 +261,7 @@ def refusals():
         return {"k_cache": cache, "v_cache": cache}
 
     changes = {
-        "q: got 9 new tokens": {"q": torch.randn(2, 6, 9, 16)},
+        "causal: got str, expected True or False": {"causal": "bottom_right"},
         "q: got 3 dimensions": {"q": q[0]},
         "k_cache: got dtype torch.bfloat16, expected torch.float32": {"k_cache": k.bfloat16()},
         "v_cache: got dtype torch.float16": {"v_cache": k.half()},
@@ -237,7 +308,7 @@ def test_opcheck(paged):
     k_cache, v_cache = (x.nan_to_num() for x in (k_cache, v_cache))
     opcheck(
         torch.ops.fuseformer.decode_attention.default,
-        (q, k_cache, v_cache, lengths, table, torch.rand(6), None, 20, -1, 0.0, 0.3, "cpu"),
+        (q, k_cache, v_cache, lengths, table, torch.rand(6), None, True, 20, -1, 0.0, 0.3, "cpu"),
     )
 
 

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("triton_on_cpu")
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SMALL = Case((1, 1), (63, 65), 16, FP16, "top_left")
+LENGTHS = Case((1, 1), (40, 70), 16, FP16, "bottom_right", key_lengths=(33, 70), batch=2)
 TWO_BLOCKS = Case((1, 1), (16, 200), 16, FP16)
 
 
@@ -108,6 +109,18 @@ BUGS = {
         "dv = tl.where(keys[:, None] < seqlen_k, dv, 0.0)",
         dense(Case((1, 1), (16, 40), 16, FP16, key_lengths=(20,))),
     ),
+    "a length does not move the diagonal": (
+        "attention_tiles.py",
+        "diagonal = key_end - seqlen_q",
+        "diagonal = seqlen_k - seqlen_q",
+        dense(LENGTHS),
+    ),
+    "the diagonal at a length is one key off": (
+        "attention_tiles.py",
+        "diagonal = key_end - seqlen_q",
+        "diagonal = key_end - seqlen_q + (key_end < seqlen_k)",
+        dense(LENGTHS),
+    ),
     "the backward pass drops other elements": (
         "attention_gradients.py",
         "dropout_keep(seed, batch, head, row, first_key, threshold, BLOCK_M, BLOCK_N)",
@@ -137,6 +150,6 @@ def test_the_copy_without_a_bug_passes(tmp_path):
     """Else the tests above would pass for any reason at all."""
     text = "kv_head = head // GROUP"
     with planted_kernels(tmp_path, "attention", "attention.py", text, text) as kernels:
-        for case in (SMALL, TWO_BLOCKS):
+        for case in (SMALL, TWO_BLOCKS, LENGTHS):
             check_dense(kernels, case)
         check_packed(kernels, ((8, 8), (8, 8)), 16, FP16, "none", 0.0)

@@ -12,6 +12,10 @@ FP32 = torch.float32
 WINDOW = Case((1, 1), (130, 130), 16, FP32, window=(40, 20))
 BIAS = Case((2, 2), (40, 70), 16, FP32, bias="hqk", batch=2)
 BIAS_IN_WINDOW = Case((1, 1), (70, 70), 16, FP32, bias="qk", window=(7, 5))
+BIAS_AND_LENGTHS = Case(
+    (1, 1), (40, 200), 16, FP32, "bottom_right", bias="qk", window=(8, -1), key_lengths=(200, 70),
+    batch=2,
+)  # fmt: skip
 SOFTCAP = Case((1, 1), (33, 40), 16, FP32, softcap=2.0)
 ALIBI = Case((2, 2), (33, 40), 16, FP32, "bottom_right", alibi=True)
 SINKS = Case((2, 2), (33, 40), 16, FP32, sinks=True)
@@ -108,6 +112,12 @@ BUGS = {
         "(1.0 * scoring.scale_log2 / scoring.softcap)",
         SOFTCAP,
     ),
+    "the bias gradient skips by the diagonal at the end of the keys": (
+        "attention_bias_gradient.py",
+        "(cu_seqlens_q is None and key_lengths is None) or not BOTTOM_RIGHT",
+        "cu_seqlens_q is None or not BOTTOM_RIGHT",
+        BIAS_AND_LENGTHS,
+    ),
     "distances are those of the other alignment": (
         "attention_logits.py",
         "places = tl.expand_dims(rows + scoring.diagonal, AXIS)",
@@ -158,7 +168,7 @@ PACKED_BUGS = {
         "row + BLOCK_M <= rows_end and first_key < key_end",
     ),
     "the bias gradient skips by the diagonal of no sequence": (
-        "cu_seqlens_q is None or not BOTTOM_RIGHT",
+        "(cu_seqlens_q is None and key_lengths is None) or not BOTTOM_RIGHT",
         "True",
     ),
 }
@@ -193,6 +203,6 @@ def test_the_copy_without_a_bug_passes(tmp_path):
     """Else the tests above would pass for any reason at all."""
     text = "kv_head = head // GROUP"
     with planted_kernels(tmp_path, "attention", "attention.py", text, text) as kernels:
-        for case in (WINDOW, BIAS, BIAS_IN_WINDOW, SOFTCAP, ALIBI, SINKS):
+        for case in (WINDOW, BIAS, BIAS_IN_WINDOW, BIAS_AND_LENGTHS, SOFTCAP, ALIBI, SINKS):
             check_dense(kernels, case)
         check_packed_bias(kernels)

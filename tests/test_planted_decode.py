@@ -14,6 +14,8 @@ WHOLE = Case((2, 1), 2, 16, FP32, (0, 40), capacity=48)
 GROUPS = Case((4, 2), 1, 16, FP32, (20,), capacity=32)
 SMALL_PAGES = Case((2, 1), 1, 16, FP32, (33, 47), 16, 48)
 LARGE_PAGES = Case((2, 1), 1, 16, FP32, (100,), 64, 128)
+OPEN = Case((2, 1), 3, 16, FP32, (100, 40), capacity=112, window_right=-1)
+RIGHT = Case((2, 1), 3, 16, FP32, (100,), capacity=112, window_right=1)
 WINDOW = Case((2, 1), 2, 16, FP32, (100,), capacity=112, window_left=5)
 OPTIONS = Case((2, 1), 2, 16, FP32, (100, 160), 0, 160, -1, 3.0, True, True)
 
@@ -95,6 +97,16 @@ BUGS = {
         "seen & (distance <= window_left)",
         "seen & (distance >= window_left)",
         WINDOW,
+    ),
+    "a query that sees the future sees keys past the length": (
+        "seen = (keys < end)[None, :]",
+        "seen = (keys < end + 1)[None, :]",
+        OPEN,
+    ),
+    "the right side of a window is one key too wide": (
+        "seen & (distance >= -window_right)",
+        "seen & (distance >= -window_right - 1)",
+        RIGHT,
     ),
     "a window one key too wide": ("distance <= window_left", "distance <= window_left + 1", WINDOW),
     "a window that begins a block late": (

@@ -27,6 +27,7 @@ TALL = Case((1, 1), (300, 290), 64, BF16, "top_left")
 CAUSAL = Case((2, 1), (150, 300), 64, BF16, "bottom_right")
 WINDOW = Case((1, 1), (200, 300), 64, BF16, window=(40, 20))
 LENGTHS = Case((2, 2), (70, 300), 64, BF16, key_lengths=(150, 0), batch=2)
+CAUSAL_LENGTHS = Case((1, 1), (70, 200), 64, BF16, "bottom_right", key_lengths=(150, 40), batch=2)
 DROPOUT = Case((2, 2), (100, 200), 64, BF16, dropout_p=0.2)
 FORWARD, BACKWARD = "attention/forward_kernel.h", "attention/backward_kernel.h"
 KEY_BLOCK = "attention/key_block.h"
@@ -168,6 +169,20 @@ BUGS = {
         LENGTHS,
         WRONG,
     ),
+    "a length does not move the diagonal": (
+        "attention/mask.h",
+        "s.diagonal = s.key_end - s.queries;",
+        "s.diagonal = s.keys - s.queries;",
+        CAUSAL_LENGTHS,
+        WRONG,
+    ),
+    "the diagonal at a length is one key off": (
+        "attention/mask.h",
+        "s.diagonal = s.key_end - s.queries;",
+        "s.diagonal = s.key_end - s.queries + (s.key_end < s.keys);",
+        CAUSAL_LENGTHS,
+        WRONG,
+    ),
     "backward: no barrier before a step": (
         BACKWARD,
         "      copy_async_wait<0>();\n      block_barrier();\n      queries.pass_last_turn",
@@ -280,5 +295,5 @@ def test_a_planted_bug_is_caught(name, tmp_path):
 def test_the_copy_without_a_bug_passes(architecture, tmp_path):
     """Else the tests above would pass for any reason at all."""
     kernels = planted(tmp_path, 64, architecture)
-    for case in (PLAIN, TALL, CAUSAL, WINDOW, LENGTHS, DROPOUT):
+    for case in (PLAIN, TALL, CAUSAL, WINDOW, LENGTHS, CAUSAL_LENGTHS, DROPOUT):
         check_case(kernels, case)

@@ -46,6 +46,8 @@ int backward_step_rows<Bfloat16>(int) { return 0; }
 SPLIT = Case((4, 2), 2, 64, BF16, (0, 1, 130, 900), capacity=1024)
 PAGES = Case((4, 2), 2, 64, BF16, page_size=16)
 BROKEN = Case((4, 2), 2, 64, BF16, page_size=16, broken_pages=True)
+OPEN = Case((4, 2), 5, 64, BF16, window_right=-1)
+RIGHT = Case((4, 2), 5, 64, BF16, window_right=1)
 WINDOW = Case((4, 2), 3, 64, BF16, window_left=20)
 
 # correct text, planted text, the case that must fail, and how
@@ -100,15 +102,27 @@ BUGS = {
         WRONG,
     ),
     "a query sees the key after its own": (
-        "if (back < 0 ||",
-        "if (back < -1 ||",
+        "if (column > last_seen[j / 2] ||",
+        "if (column > last_seen[j / 2] + 1 ||",
         WINDOW,
         WRONG,
     ),
     "the window is a key too narrow": (
-        "back > params.window_left)",
-        "back >= params.window_left)",
+        "column < own_key[j / 2] - params.window_left)",
+        "column <= own_key[j / 2] - params.window_left)",
         WINDOW,
+        WRONG,
+    ),
+    "a query that sees the future sees keys past the length": (
+        "minimum(own_key[1] + params.window_right, range.length - 1)",
+        "own_key[1] + params.window_right",
+        OPEN,
+        WRONG,
+    ),
+    "the right side of the window is not looked at": (
+        "minimum(own_key[0] + params.window_right, range.length - 1)",
+        "range.length - 1",
+        RIGHT,
         WRONG,
     ),
     "the first split of a window begins a step late": (

@@ -48,6 +48,28 @@ def test_bottom_right_window_and_alibi_positions():
     torch.testing.assert_close(weights[0, :3], torch.softmax(-0.5 * distance, 0))
 
 
+def test_with_lengths_the_diagonal_ends_at_the_last_key_that_counts():
+    q, k = torch.zeros(3, 1, 3, 5).double(), torch.zeros(3, 1, 5, 5).double()
+    v = torch.eye(5, dtype=torch.float64).expand(3, 1, 5, 5)
+    call = {"causal": "bottom_right", "key_lengths": torch.tensor([4, 2, 9])}
+    seen = (reference.attention(q, k, v, **call)[0][:, 0] > 0).int().tolist()
+    assert seen[0] == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    assert seen[1] == [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+    assert seen[2] == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]  # Sk bounds a length
+    seen = (reference.attention(q, k, v, window=(0, -1), **call)[0][:2, 0] > 0).int().tolist()
+    assert seen[0] == [[0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0]]
+    assert seen[1] == [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
+    # A padding mask hides keys and moves no diagonal, with lengths or without them.
+    mask = torch.tensor([[False, True, False, True, True]]).expand(3, 5)
+    seen = reference.attention(q, k, v, key_padding_mask=mask, **call)[0][0, 0] > 0
+    assert seen.int().tolist() == [[1, 0, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 0, 0]]
+    seen = reference.attention(q, k, v, causal="bottom_right", key_padding_mask=mask)[0][0, 0] > 0
+    assert seen.int().tolist() == [[1, 0, 1, 0, 0]] * 3
+    # Top-left, lengths only hide.
+    seen = reference.attention(q, k, v, **call | {"causal": "top_left"})[0][1, 0] > 0
+    assert seen.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -57,6 +79,7 @@ def test_bottom_right_window_and_alibi_positions():
         {"softcap": 2.0},
         {"dropout_p": 0.4, "seed": torch.tensor(5)},
         {"key_lengths": torch.tensor([0, 3])},
+        {"key_lengths": torch.tensor([2, 3]), "causal": "bottom_right"},
         {"key_padding_mask": torch.tensor([[True] * 4, [False, True, False, True]])},
     ],
     ids=str,

@@ -51,6 +51,7 @@ void run_decode(const DecodeArguments& a, Stream stream) {
   }
   params.capacity = within("capacity", capacity, 0, kMostRows);
   params.window_left = window_side("window_left", a.window_left);
+  params.window_right = window_side("window_right", a.window_right);
   params.scale = positive_scale(a.scale);
   params.splits = within("splits", a.splits, 1, 1 << 16);
   if (params.splits > 1) {

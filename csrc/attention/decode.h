@@ -15,6 +15,7 @@ struct DecodeArguments {
   TensorView q, k_cache, v_cache, out, lse, lengths, block_table, partial_out, partial_lse;
   int64_t splits = 1;
   int64_t window_left = -1;
+  int64_t window_right = 0;
   double scale = 1.0;
 };
 

@@ -134,10 +134,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
   RunningSoftmax<1> softmax;
   softmax.clear();
   const float scale_log2 = params.scale * 1.44269504f;
-  // The last key that each of the lane's two rows sees.
-  const int lane_row = block_row + lane / 4, last = range.length - params.queries;
-  const int last_seen[2] = {last + lane_row % params.queries,
-                            last + (lane_row + 8) % params.queries};
+  // The key that each of the lane's two rows is aligned with, and the last one that it sees.
+  const int lane_row = block_row + lane / 4, diagonal = range.length - params.queries;
+  const int own_key[2] = {diagonal + lane_row % params.queries,
+                          diagonal + (lane_row + 8) % params.queries};
+  const int last_seen[2] = {minimum(own_key[0] + params.window_right, range.length - 1),
+                            minimum(own_key[1] + params.window_right, range.length - 1)};
 
   int stage = 0;
   for (int step_begin = begin; step_begin < end; step_begin += kBlockN, stage ^= 1) {
@@ -158,8 +160,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
     for (int i = 0; i < 2; ++i) {
       FUSEFORMER_UNROLL
       for (int j = 0; j < 4; ++j) {
-        const int back = last_seen[j / 2] - (key + 8 * i + j % 2);
-        if (back < 0 || back > params.window_left) weights[0][i][j] = kMinusInfinity;
+        const int column = key + 8 * i + j % 2;
+        if (column > last_seen[j / 2] || column < own_key[j / 2] - params.window_left) {
+          weights[0][i][j] = kMinusInfinity;
+        }
       }
     }
     softmax.template take<true>(weights, out, scale_log2);

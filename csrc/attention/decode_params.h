@@ -24,8 +24,12 @@ struct DecodeParams {
   int capacity;  // keys that the cache holds of a sequence
   int pages;
   int page_size;
-  int window_left;  // keys that a query sees before its own; kNoWindow hides nothing
-  float scale;      // of the products, positive
+  // Query i sees the keys from i + diagonal - window_left to i + diagonal + window_right, the last
+  // query being aligned with the last key. A causal mask is a right window of 0, kNoWindow hides
+  // nothing.
+  int window_left;
+  int window_right;
+  float scale;  // of the products, positive
 
   int splits;
   float* partial_out;  // (batch, heads, queries, splits, head_dim) of more than one split

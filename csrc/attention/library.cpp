@@ -105,7 +105,7 @@ void attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                       const std::optional<Tensor>& block_table,
                       const std::optional<Tensor>& partial_out,
                       const std::optional<Tensor>& partial_lse, int64_t splits, int64_t window_left,
-                      double scale) {
+                      int64_t window_right, double scale) {
   DecodeArguments a;
   a.q = view("q", q);
   a.k_cache = view("k_cache", k_cache);
@@ -118,6 +118,7 @@ void attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   a.partial_lse = view("partial_lse", partial_lse);
   a.splits = splits;
   a.window_left = window_left;
+  a.window_right = window_right;
   a.scale = scale;
   const DeviceGuard guard(a.q.device);
   run_decode(a, current_stream(a.q.device));
@@ -137,7 +138,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fuseformer_cuda, m) {
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor(a!) out, Tensor(b!) lse, "
       "Tensor lengths, Tensor? block_table, Tensor(c!)? partial_out, Tensor(d!)? partial_lse, "
-      "int splits, int window_left, float scale) -> ()");
+      "int splits, int window_left, int window_right, float scale) -> ()");
   m.def("attention_step_rows(Tensor q) -> int");
 }
 

@@ -28,7 +28,7 @@ FUSEFORMER_DEVICE Sequence sequence_of(const AttentionParams& params, int batch)
   if (params.key_lengths != nullptr) {
     s.key_end = maximum(0, minimum(s.keys, params.key_lengths[batch]));
   }
-  if (params.bottom_right) s.diagonal = s.keys - s.queries;
+  if (params.bottom_right) s.diagonal = s.key_end - s.queries;
   return s;
 }
 

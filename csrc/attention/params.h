@@ -36,8 +36,8 @@ struct AttentionParams {
   const int* cu_seqlens_k;
 
   // Query i sees the keys from i + diagonal - window_left to i + diagonal + window_right, where the
-  // diagonal is keys - queries if `bottom_right`, else 0. A causal mask is a right window of 0,
-  // kNoWindow hides nothing.
+  // diagonal is keys - queries if `bottom_right`, else 0; keys at or past their length do not
+  // count. A causal mask is a right window of 0, kNoWindow hides nothing.
   int window_left;
   int window_right;
   bool bottom_right;

@@ -70,7 +70,8 @@ PYBIND11_MODULE(_emulator, m) {
     a.partial_lse = view("partial_lse", args[8]);
     a.splits = args[9].cast<int64_t>();
     a.window_left = args[10].cast<int64_t>();
-    a.scale = args[11].cast<double>();
+    a.window_right = args[11].cast<int64_t>();
+    a.scale = args[12].cast<double>();
     run_decode(a, nullptr);
   });
   m.def("attention_step_rows", [](const py::tuple& q) {

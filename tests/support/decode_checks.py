@@ -34,12 +34,14 @@ class Case:
     sinks: bool = False
     scale: float = 0.0
     broken_pages: bool = False  # the first of each sequence does not exist
+    window_right: int = 0  # causal; -1 is unbounded
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         options = [
             f"pages_{self.page_size}" * bool(self.page_size),
             f"window_{self.window_left}" * (self.window_left >= 0),
+            f"right_{self.window_right}" * (self.window_right != 0),
             f"softcap_{self.softcap}" * bool(self.softcap),
             "alibi" * self.alibi,
             "sinks" * self.sinks,
@@ -97,19 +99,25 @@ def arguments(case: Case) -> dict[str, Any]:
         "alibi_slopes": torch.rand(heads, generator=generator) if case.alibi else None,
         "sinks": torch.randn(heads, generator=generator) + 1 if case.sinks else None,
         "window_left": case.window_left,
+        "window_right": case.window_right,
         "softcap": case.softcap,
         "scale": case.scale or case.head_dim**-0.5,
     }
+
+
+def expected_results(call: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the output and lse of a call by the oracle in `dtype`."""
+    call = dict(call)
+    window = (call.pop("window_left"), call.pop("window_right"))
+    inputs = {name: call.pop(name).to(dtype) for name in ("q", "k_cache", "v_cache")}
+    return reference.decode_attention(**inputs, **call, causal=False, window=window)
 
 
 def check_decode(kernels: ModuleType, case: Case) -> None:
     """Output and lse against the oracle, and the same to the last bit when repeated."""
     call = arguments(case)
     out, lse = kernels.decode_attention(**call)
-    expected = []
-    for dtype in (torch.float64, case.dtype):
-        caches = {name: call[name].to(dtype) for name in ("q", "k_cache", "v_cache")}
-        expected.append(reference.decode_attention(**{**call, **caches}))
+    expected = [expected_results(call, dtype) for dtype in (torch.float64, case.dtype)]
     for name, actual, *judges in zip(("out", "lse"), (out, lse), *expected, strict=True):
         assert_close_to_reference(actual, *judges, name=name)
     blind = expected[0][1] == -math.inf

@@ -47,23 +47,22 @@ def _parts(q: Tensor, sk: int, options: Options) -> list[_Part]:
     batch, heads, sq, dim = q.shape
     mask, lengths = options.key_padding_mask, options.key_lengths
     everything = slice(0, batch)
-    # Keys cannot be cut where the diagonal is aligned with the last one.
-    if (
-        (mask is None and lengths is None)
-        or options.causal == "bottom_right"
-        or not batch
-        or not sk
-    ):
+    bottom_right = options.causal == "bottom_right"
+    # The diagonal is aligned with the last key that counts: a mask alone cuts none there.
+    if (lengths is None and (mask is None or bottom_right)) or not batch or not sk:
         return [_Part(everything, sk, options)]
     position = torch.arange(sk)
     seen = torch.ones(batch, sk, dtype=torch.bool) if mask is None else ~mask
-    if lengths is not None:
-        seen = seen & (position < lengths[:, None])
-    ends = torch.where(seen, position + 1, 0).amax(1)
-    whole = (seen.sum(1) == ends).tolist()  # without holes, the cut says all that the mask says
-    last = ends.tolist()
-    if heads * sq * sk * dim < _WORK_OF_A_CALL:
-        last, whole = [max(last)] * batch, [all(whole) and min(last) == max(last)] * batch
+    if bottom_right and lengths is not None:
+        last, whole = lengths.clamp(0, sk).tolist(), [mask is None] * batch
+    else:
+        if lengths is not None:
+            seen = seen & (position < lengths[:, None])
+        ends = torch.where(seen, position + 1, 0).amax(1)
+        whole = (seen.sum(1) == ends).tolist()  # without holes, the cut says all that the mask says
+        last = ends.tolist()
+        if heads * sq * sk * dim < _WORK_OF_A_CALL:
+            last, whole = [max(last)] * batch, [all(whole) and min(last) == max(last)] * batch
     parts, start = [], 0
     for stop in range(1, batch + 1):
         if stop == batch or (last[stop], whole[stop]) != (last[start], whole[start]):

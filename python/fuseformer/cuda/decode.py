@@ -39,6 +39,7 @@ def decode_attention(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     window_left: int,
+    window_right: int,
     softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -49,6 +50,8 @@ def decode_attention(
     if block_table is not None:
         capacity *= block_table.shape[1]
         block_table = block_table.contiguous()
+    if cache_lengths.dtype != torch.int32:
+        cache_lengths = cache_lengths.clamp(0, capacity).int()
     out = result_like(q, zeros=False)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     row_blocks = -(-(heads // kv_heads) * queries // _ROWS)
@@ -64,12 +67,13 @@ def decode_attention(
         aligned(v_cache),
         out,
         lse,
-        cache_lengths.to(torch.int32).contiguous(),
+        cache_lengths.contiguous(),
         block_table,
         partial_out,
         partial_lse,
         splits,
         window_left,
+        window_right,
         scale,
     )
     return out, lse

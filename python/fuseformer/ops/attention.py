@@ -312,8 +312,10 @@ def attention(
 
     Shapes: `q` (B, H, Sq, D), `k` and `v` (B, Hkv, Sk, D) with Hkv a divisor of H; any strides
     whose last one is 1. `causal=True` aligns top-left, ``"bottom_right"`` aligns the last query
-    with the last key; `window` (left, right) counts keys from that diagonal, -1 for unbounded.
-    `key_padding_mask` (B, Sk) is True at padding, keys at or past `key_lengths` (B,) are padding.
+    with the last key that counts: of each `key_lengths` where they are given, else of `k`.
+    `window` (left, right) and ALiBi's distances count from that diagonal, -1 is unbounded.
+    `key_padding_mask` (B, Sk) is True at padding and moves no diagonal; keys at or past
+    `key_lengths` (B,), which are bounded by Sk, are padding.
     `bias` broadcasts to (B, H, Sq, Sk) and has a gradient, as do `sinks` (H,), logits that join the
     denominator only. `scale` is ``D ** -0.5`` unless given. Logits are
     ``softcap * tanh(q @ k.T * scale / softcap) + bias - alibi_slopes * distance``, then masks.

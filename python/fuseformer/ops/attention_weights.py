@@ -58,7 +58,7 @@ def attention_weights(
         logits,
         rows=row,
         columns=range(sk),
-        offset=sk - sq if alignment == "bottom_right" else 0,
+        offset=reference.diagonal_offset(alignment, sq, sk, key_lengths),
         causal=alignment != "none",
         key_padding_mask=key_padding_mask,
         key_lengths=key_lengths,

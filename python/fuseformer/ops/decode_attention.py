@@ -1,4 +1,4 @@
-"""Attention of a few new queries over a cache of keys and values: the public function, its op."""
+"""Attention of new queries over a cache of keys and values: the public function, its op."""
 
 import importlib
 from typing import Any
@@ -12,9 +12,6 @@ from . import checks
 from .attention import check_extras, default_scale, lse_dtype, unusual_scale, used_options
 from .registration import autocast_dtype, laid_out, register_autocast
 
-#: New tokens of a sequence that one call takes; prompts are for `attention`.
-MOST_QUERIES = 8
-
 
 @torch.library.custom_op("fuseformer::decode_attention", mutates_args=())
 def _decode_attention(
@@ -25,6 +22,7 @@ def _decode_attention(
     block_table: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    causal: bool,
     window_left: int,
     window_right: int,
     softcap: float,
@@ -55,6 +53,7 @@ def _decode_attention(
         alibi_slopes,
         sinks,
         window_left,
+        0 if causal else window_right,
         softcap,
         scale,
     )
@@ -138,6 +137,7 @@ def decode_attention(
     cache_lengths: Tensor,
     *,
     block_table: Tensor | None = None,
+    causal: bool = True,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -147,15 +147,17 @@ def decode_attention(
     validate: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """Return attention of one to eight new tokens a sequence over the cached keys and values.
+    """Return attention of the new tokens of sequences over their cached keys and values.
+
+    One new token of each is decoding, many are a prompt or the next chunk of one.
 
     Shapes: `q` (B, H, Sq, D); `k_cache` and `v_cache` (B, Hkv, capacity, D), or with `block_table`
     (B, max_pages) int32, which lists the pages of each sequence in order, (pages, Hkv, page_size,
     D); Hkv a divisor of H, any strides whose last one is 1. `cache_lengths` (B,) int32 counts the
     valid keys of each sequence, those of the new tokens included, which the cache holds already.
-    The last query is aligned with the last valid key, and no query sees a later one: query i sees
-    the keys up to length - Sq + i. `window` (left, right) counts from there, so that its right side
-    hides nothing more. `softcap`, `alibi_slopes` (H,), `sinks` (H,) and `scale` are as in
+    The last query is aligned with the last valid key, query i with key length - Sq + i, and sees no
+    later one; with `causal=False` it sees all valid keys. `window` (left, right) counts from there,
+    and so does ALiBi's distance. `softcap`, `alibi_slopes` (H,), `sinks` (H,) and `scale` are as in
     `attention`.
 
     Returns the output (B, H, Sq, D), and with `return_lse` also the natural log-sum-exp (B, H, Sq)
@@ -172,10 +174,6 @@ def decode_attention(
     Memory Management for Large Language Model Serving with PagedAttention", 2023.
     """
     checks.tensor("q", q, 4)
-    if q.shape[2] > MOST_QUERIES:
-        raise ValueError(
-            f"q: got {q.shape[2]} new tokens, expected at most {MOST_QUERIES}; attention takes more"
-        )
     _check_caches(q, k_cache, v_cache, block_table is not None)
     checks.integers("cache_lengths", cache_lengths, (torch.int32, torch.int64), q)
     checks.shape("cache_lengths", cache_lengths, (q.shape[0],), "(batch,)")
@@ -192,6 +190,7 @@ def decode_attention(
     _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes, sinks=sinks)
     if validate:
         _validate(cache_lengths, capacity, block_table, k_cache.shape[0], k_cache.shape[2])
+    checks.boolean("causal", causal)
     sides = checks.window(window)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
     unusual = frozenset() if scale is None else unusual_scale(checks.finite("scale", scale))
@@ -222,7 +221,8 @@ def decode_attention(
             v_cache.to(dtype),
             cache_lengths,
             block_table=block_table,
-            window_left=sides[0],
+            causal=causal,
+            window=sides,
             softcap=cap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
@@ -237,6 +237,7 @@ def decode_attention(
             block_table,
             alibi_slopes,
             sinks,
+            causal,
             *sides,
             cap,
             scale,

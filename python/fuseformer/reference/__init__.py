@@ -6,12 +6,12 @@ inputs, as in every backend; float64 stays float64, so that `torch.autograd.grad
 
 from .attending import (
     add_bias_and_masks,
-    add_decode_masks,
     attention,
     bias_of_sequence,
     cached_rows,
     capped_logits,
     decode_attention,
+    diagonal_offset,
     repeat_heads,
     softmax_with_lse,
     varlen_attention,
@@ -36,7 +36,6 @@ from .numerics import (
 __all__ = [
     "ACTIVATIONS",
     "add_bias_and_masks",
-    "add_decode_masks",
     "add_norm",
     "apply_activation",
     "attention",
@@ -44,6 +43,7 @@ __all__ = [
     "cached_rows",
     "capped_logits",
     "decode_attention",
+    "diagonal_offset",
     "dropout",
     "feed_forward",
     "gated_feed_forward",

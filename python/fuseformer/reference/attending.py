@@ -9,19 +9,28 @@ from ..philox import dropout_scale, keep_mask
 from .numerics import widened
 
 
-def visible(
-    rows: Tensor,
-    columns: Tensor,
-    offset: int,
-    causal: bool,
-    window: tuple[int, int],
-) -> Tensor:
+def diagonal_offset(
+    alignment: str, queries: int, keys: int, key_lengths: Tensor | None
+) -> int | Tensor:
+    """Return how far right of the main one the diagonal lies: query i is aligned with key i + it.
+
+    Bottom-right, the last query is aligned with the last key that counts: of the tensor, or with
+    `key_lengths` (B,) of each batch entry, and then the result is (B, 1, 1, 1). Lengths are bounded
+    by `keys`. A key that a padding mask hides counts.
+    """
+    if alignment != "bottom_right":
+        return 0
+    if key_lengths is None:
+        return keys - queries
+    return key_lengths.long().clamp(0, keys)[:, None, None, None] - queries
+
+
+def visible(distance: Tensor, causal: bool, window: tuple[int, int]) -> Tensor:
     """Return which keys a query may see by position alone.
 
-    `rows` (R,) and `columns` (C,) are positions, `offset` shifts the diagonal to the right; the
-    result is bool (R, C). A window side of -1 is unbounded.
+    `distance` (..., R, C) is how far a key lies to the right of the diagonal. A window side of -1
+    is unbounded.
     """
-    distance = columns[None, :] - (rows[:, None] + offset)  # (R, C), positive: the future
     seen = torch.ones_like(distance, dtype=torch.bool)
     left, right = window
     if causal:
@@ -44,7 +53,7 @@ def add_bias_and_masks(
     *,
     rows: range | Tensor,
     columns: range,
-    offset: int,
+    offset: int | Tensor,
     causal: bool,
     key_padding_mask: Tensor | None,
     key_lengths: Tensor | None,
@@ -56,7 +65,7 @@ def add_bias_and_masks(
 
     The logits are those of the query positions `rows` and the key positions `columns`; masks and
     `bias` are given for all positions and sliced here, except that where `rows` is a tensor (R,) of
-    chosen positions `bias` holds just those. `offset` shifts the diagonal to the right.
+    chosen positions `bias` holds just those. `offset` is that of `diagonal_offset`.
     """
     if bias is not None:
         if bias.shape[-2] > 1 and isinstance(rows, range):
@@ -69,11 +78,11 @@ def add_bias_and_masks(
     else:
         row = torch.arange(rows.start, rows.stop, device=logits.device)
     column = torch.arange(columns.start, columns.stop, device=logits.device)
+    distance = column - (row[:, None] + offset)  # (R, C) or (B, 1, R, C), positive: the future
     if alibi_slopes is not None:
-        distance = (row[:, None] + offset - column[None, :]).abs()
-        logits = logits - alibi_slopes.to(logits.dtype)[:, None, None] * distance
+        logits = logits - alibi_slopes.to(logits.dtype)[:, None, None] * distance.abs()
     if causal or window != (-1, -1):
-        logits = logits.masked_fill(~visible(row, column, offset, causal, window), -math.inf)
+        logits = logits.masked_fill(~visible(distance, causal, window), -math.inf)
     if key_padding_mask is not None:
         padding = key_padding_mask[:, None, None, columns.start : columns.stop]
         logits = logits.masked_fill(padding, -math.inf)
@@ -146,7 +155,7 @@ def attention(
         logits,
         rows=range(sq),
         columns=range(sk),
-        offset=sk - sq if causal == "bottom_right" else 0,
+        offset=diagonal_offset(causal, sq, sk, key_lengths),
         causal=causal != "none",
         key_padding_mask=key_padding_mask,
         key_lengths=key_lengths,
@@ -234,27 +243,6 @@ def cached_rows(cache: Tensor, block_table: Tensor | None) -> Tensor:
     return cache[pages].transpose(1, 2).flatten(2, 3)
 
 
-def add_decode_masks(
-    logits: Tensor,
-    places: Tensor,
-    first: int,
-    window_left: int,
-    alibi_slopes: Tensor | None,
-) -> Tensor:
-    """Return `logits` (B, H, Sq, C) of the keys from `first` on with ALiBi, and -inf where hidden.
-
-    `places` (B, Sq) are the positions of the queries, the last key that each of them sees.
-    """
-    column = first + torch.arange(logits.shape[-1], device=logits.device)
-    distance = places[:, None, :, None] - column  # (B, 1, Sq, C), negative: the future
-    if alibi_slopes is not None:
-        logits = logits - alibi_slopes.to(logits.dtype)[:, None, None] * distance.abs()
-    hidden = distance < 0
-    if window_left >= 0:
-        hidden = hidden | (distance > window_left)
-    return logits.masked_fill(hidden, -math.inf)
-
-
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -262,7 +250,8 @@ def decode_attention(
     cache_lengths: Tensor,
     *,
     block_table: Tensor | None = None,
-    window_left: int = -1,
+    causal: bool = True,
+    window: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -270,16 +259,25 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, Sq, D) of new queries over a cache, and its lse (B, H, Sq).
 
-    Arguments are those of `fuseformer.decode_attention` after its checks; no query sees the future,
-    so that of a window only the left side counts. What lies past a length may be NaN.
+    Arguments are those of `fuseformer.decode_attention` after its checks: the last query is aligned
+    with the last key that counts, `causal` or not. What lies past a length may be NaN.
     """
     heads, sq = q.shape[1:3]
     k, v = cached_rows(k_cache, block_table), cached_rows(v_cache, block_table)
-    lengths = cache_lengths.long().clamp(0, k.shape[2])[:, None]  # (B, 1)
-    beyond = torch.arange(k.shape[2], device=q.device) >= lengths
+    capacity = k.shape[2]
+    beyond = torch.arange(capacity, device=q.device) >= cache_lengths[:, None]
     k, v = (repeat_heads(x.masked_fill(beyond[:, None, :, None], 0.0), heads) for x in (k, v))
-    places = lengths - sq + torch.arange(sq, device=q.device)
-    logits = capped_logits(q, k, scale, softcap)
-    logits = add_decode_masks(logits, places, 0, window_left, alibi_slopes)
+    logits = add_bias_and_masks(
+        capped_logits(q, k, scale, softcap),
+        rows=range(sq),
+        columns=range(capacity),
+        offset=diagonal_offset("bottom_right", sq, capacity, cache_lengths),
+        causal=causal,
+        key_padding_mask=None,
+        key_lengths=cache_lengths,
+        bias=None,
+        window=window,
+        alibi_slopes=alibi_slopes,
+    )
     weights, lse = softmax_with_lse(logits, sinks)
     return weights.to(q.dtype) @ v, lse
