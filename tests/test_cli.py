@@ -286,8 +286,123 @@ def test_a_record_longer_than_the_model_is_refused_or_cut(pretrained, tmp_path, 
     path.write_text(json.dumps(record) + "\n")
     flags = ("--model", pretrained, "--records", path, "--steps", 2)
     line = refused(capsys, "tune", *flags, "--output", tmp_path / "a")
-    assert "tokens, the model takes" in line
+    assert "long.jsonl, line 1: a prompt of" in line
+    assert "the model takes 49 in all" in line
     run("tune", *flags, "--output", tmp_path / "b", "--truncation", "input")
+
+
+def test_what_is_named_is_looked_for_before_anything_long(corpus, records, tmp_path, capsys):
+    out, none = ("--output", tmp_path / "new"), tmp_path / "none.jsonl"
+    for command, flags in (
+        ("tune", ("--records", records, "--held-out", none)),
+        ("tune", ("--records", records, none)),
+        ("pretrain", ("--corpus", corpus, "--held-out", none)),
+        ("pretrain", ("--corpus", corpus, none)),
+    ):
+        assert f"{none}: cannot be read (No such file" in refused(capsys, command, *out, *flags)
+    flags = ("--records", records, "--held-out", corpus)
+    assert 'corpus.jsonl, line 1: field "instruction"' in refused(capsys, "tune", *out, *flags)
+    assert "it is a folder" in refused(capsys, "tune", *out, "--records", tmp_path)
+    line = refused(capsys, "pretrain", *out, "--records", records)
+    assert "records: pretraining reads documents" in line
+    line = refused(capsys, "pretrain", "--output", records / "run", "--corpus", corpus)
+    assert "records.jsonl is a file, expected a folder" in line
+    line = refused(capsys, "evaluate", tmp_path / "no run", "--records", none)
+    assert f"records: {none}: cannot be read" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_relative_names_hold_from_any_folder(corpus, records, tmp_path, monkeypatch, capsys):
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    for folder in (there, elsewhere):
+        folder.mkdir()
+    shutil.copy(corpus, there / "mine.jsonl")
+    shutil.copy(records, there / "judge.jsonl")
+    (there / "mine.toml").write_text('corpus = ["mine.jsonl"]\nsteps = 2\nsave_every = 1\n')
+    sizes = ("--width", 16, "--heads", 2, "--layers", 1, "--hidden", 24, "--max-length", 48)
+    monkeypatch.chdir(there)
+    flags = ("--held-out", "judge.jsonl", "--vocab-size", 300, *sizes)
+    run("pretrain", "--output", "run", "--recipe", "mine.toml", *flags)
+    monkeypatch.chdir(elsewhere)
+    recipe = ("--recipe", there / "mine.toml", *flags[2:])
+    run("pretrain", "--output", "second", *recipe)
+    monkeypatch.chdir(tmp_path)
+    run("pretrain", "--output", there / "run", "--resume", "--held-out", "there/judge.jsonl")
+    shutil.copytree(Run(there / "run").latest(), elsewhere / "best")
+    capsys.readouterr()
+    run("evaluate", elsewhere / "best")  # by what its run names, and not by Python's documentation
+    assert "classification perplexity" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_a_recipe_is_not_judged_by_anything_at_hand(
+    pretrained, records, tmp_path, capsys
+):
+    shutil.copytree(Run(pretrained).latest(), tmp_path / "copy")
+    (tmp_path / "copy" / "recipe.toml").unlink()
+    capsys.readouterr()
+    line = refused(capsys, "evaluate", tmp_path / "copy")
+    assert "lies outside of its run" in line
+    assert "pass --records FILE" in line
+    run("evaluate", tmp_path / "copy", "--records", records)
+
+
+def test_one_long_answer_does_not_abort_an_evaluation(pretrained, tmp_path, capsys):
+    path, figures = tmp_path / "some.jsonl", tmp_path / "figures.json"
+    answers = ["fox", "dog " * 60, "owl"]
+    path.write_text(
+        "".join(
+            json.dumps({"instruction": "Which?", "input": text, "output": answer, "task": "t"})
+            + "\n"
+            for text, answer in zip(("a", "b", "fox " * 60), answers, strict=True)
+        )
+    )
+    capsys.readouterr()
+    run("evaluate", pretrained, "--records", path, "--json", figures)
+    out, err = capsys.readouterr()
+    assert "t rouge_l counts: words" in out
+    assert "t: 1 of 2 lost the end of their input; the model takes 48 tokens" in err
+    assert "t: 1 of 3 records left out: " in err
+    assert "some.jsonl, line 2: a prompt of" in err
+    found = json.loads(figures.read_text())
+    assert found["records"] == {"t": {"judged": 2, "shortened": 1, "left_out": 1}}
+    assert found["tokenisers"]["t"]["token_f1"] == "words"
+
+
+def test_generation_cuts_as_training_did_and_says_so(pretrained, tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    record = {"instruction": "Which?", "input": "fox " * 60, "output": "a", "task": "t"}
+    path.write_text(json.dumps(record) + "\n")
+    flags = ("--model", pretrained, "--records", path, "--steps", 1, "--truncation", "input")
+    run("tune", *flags, "--output", tmp_path / "cut")
+    assert "records: 1 of 1 lost the end of their input" in capsys.readouterr().err
+    asked = ("--instruction", "Which?", "--input", "fox " * 60)
+    run("generate", tmp_path / "cut", *asked)
+    assert "of 240 characters were left out" in capsys.readouterr().err
+    assert 'ask for truncation="input"' in refused(capsys, "generate", pretrained, *asked)
+
+
+def test_a_lower_rate_may_be_taken_on_resume(corpus, tmp_path, capsys, monkeypatch):
+    from fuseformer.tuning.objectives import weighted_loss
+
+    def diverging(*arguments):
+        loss, weight = weighted_loss(*arguments)
+        return loss * float("nan"), weight
+
+    folder = tmp_path / "run"
+    flags = ("pretrain", "--output", folder)
+    run(*flags, "--corpus", corpus, *RECIPE_FLAGS)
+    shutil.rmtree(Run(folder).latest())  # 9 steps are left
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("fuseformer.tuning.train.weighted_loss", diverging)
+        assert main([str(a) for a in (*flags, "--resume")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    advice = re.search(r"step-00000009 with --resume and .*--learning-rate (\S+)", line)
+    assert advice is not None, line
+    run(*flags, "--resume", "--learning-rate", advice[1])
+    assert "learning_rate: 0.01 until now, 0.0025 from here" in capsys.readouterr().err
+    assert Run(folder).recipe.learning_rate == 0.0025
+    assert Run(folder).latest().name == "step-00000012"
 
 
 def test_damaged_checkpoints_are_named(pretrained, tmp_path, capsys):

@@ -55,6 +55,13 @@ def test_nothing_to_score():
     assert sequence_nll(lm, [[], [5]], [[], [5]]) == [(0.0, 0)] * 2
 
 
+def test_the_last_token_is_predicted_behind_a_full_model():
+    lm = model().eval()
+    sequence = [1] * 21
+    ((nll, count),) = sequence_nll(lm, [sequence], [[-100] * 20 + [7]])
+    assert (nll, count) == (pytest.approx(by_hand(lm, sequence, [-100] * 20 + [7])[0]), 1)
+
+
 def test_bad_input_is_named():
     lm = model()
     with pytest.raises(ValueError, match="labels: got 1, expected 2 as in sequences"):
@@ -62,6 +69,6 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="labels: got 1 for sequence 1, expected one for each"):
         sequence_nll(lm, [[1], [2, 3]], [[1], [2]])
     with pytest.raises(ValueError, match="max_length 20"):
-        sequence_nll(lm, [[1] * 21], [[1] * 21])
+        sequence_nll(lm, [[1] * 22], [[1] * 22])
     with pytest.raises(ValueError, match="got classes from 60 to 60"):
         sequence_nll(lm, [[1, 2]], [[1, 60]])

@@ -7,6 +7,7 @@ import torch
 
 from fuseformer.tuning import batches
 from fuseformer.tuning.batches import Example, PackedSampler
+from fuseformer.tuning.examples import Examples
 from fuseformer.tuning.instructions import IGNORE_INDEX
 
 BATCH_SEED = 753646658045241277  # of the first batch with seed 5
@@ -170,3 +171,16 @@ def test_sources_and_targets_are_packed_apart():
     assert batch.targets.tolist() == [7, 2, 9, 10, 11, 2]
     assert batch.cu_seqlens.tolist() == [0, 2, 6]
     assert batch.to("meta").source_ids.device.type == "meta"
+
+
+def test_examples_in_arrays_are_the_examples(tmp_path):
+    made = [Example([1, 5, 70_000], [5, 70_000, 2]), Example([], []), Example([7], [-100])]
+    stored = Examples(Example, made)
+    assert list(stored) == made == stored
+    assert (stored[-1], stored[0:2]) == (made[-1], made[0:2])
+    assert [stored.tokens(i) for i in range(3)] == [3, 0, 1]
+    assert stored.longest() == 3
+    with pytest.raises(IndexError):
+        stored[3]
+    small = Examples(Example, made[1:])
+    assert small.fingerprint() != stored.fingerprint()

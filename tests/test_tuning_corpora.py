@@ -83,6 +83,45 @@ def test_files_of_the_user(tmp_path):
     assert [d.text for d in documents] == ["One document.", "first", "second\u2028still second"]
 
 
+def test_a_byte_order_mark_and_other_line_ends_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffOne\r\ntwo\rthree.".encode())
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "first"}\r\n{"text": "x"}\r\n'.encode())
+    documents = corpora.read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"])
+    assert [d.text for d in documents] == ["One\ntwo\nthree.", "first", "x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '[{"text": "a"}]', "line 1: want an object, got list"),
+        ("a.json", '{\n"text": "a"}', "line 1: not JSON"),
+        ("a.txt", '{"text": "a"}\n{"text": "b"}', "holds lines of JSON; name it .jsonl"),
+        ("a.csv", "text\na", "plain text or lines of JSON, not .csv"),
+        ("a.jsonl", '{"text": "a", "text": "b"}', 'line 1: field "text" comes twice'),
+        ("a.jsonl", '{"text": "a", "by": {"x": 1, "x": 2}}', 'line 1: field "x" comes twice'),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+        corpora.read_documents([tmp_path / name])
+
+
+def test_json_may_be_lines_of_objects(tmp_path):
+    (tmp_path / "a.json").write_text('{"text": "first", "id": 1}\n{"text": "second"}\n')
+    documents = corpora.read_documents([tmp_path / "a.json"])
+    assert [d.text for d in documents] == ["first", "second"]
+
+
+def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not UTF-8 text"):
+        corpora.read_documents([tmp_path / "a.jsonl"])
+    (tmp_path / "b.txt").write_bytes("text".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"b\.txt: not UTF-8 text .*looks like UTF-16"):
+        corpora.read_documents([tmp_path / "b.txt"])
+
+
 @pytest.mark.parametrize("line", ["{", "[1]", '{"text": 3}', "{}", '"text"'])
 def test_a_bad_line_is_named(tmp_path, line):
     path = tmp_path / "c.jsonl"

@@ -31,7 +31,7 @@ def demo(tmp_path_factory):
     (folder / MARK).touch()
     (folder / "pretrain").mkdir()
     (folder / "pretrain" / "recipe.toml").write_text("steps = 1\n")
-    (folder / "pretrain" / "left behind").write_text("by an earlier one")
+    (folder / "pretrain" / "metrics.jsonl").write_text("left behind by an earlier one\n")
     command = [
         sys.executable,
         "-m",
@@ -66,11 +66,14 @@ def test_runs_of_others_are_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"output: .*tune is not from a demonstration"):
         run_demo(tmp_path, quick=True)
     assert notes.read_text() == "mine"
+    (tmp_path / MARK).touch()  # nor what lies beside the files of a demonstration's run
+    with pytest.raises(ValueError, match=r"output: .*tune holds notes.txt, which no run has"):
+        run_demo(tmp_path, quick=True)
+    assert notes.read_text() == "mine"
 
 
 def test_its_runs_serve_the_other_commands(demo):
     folder, _ = demo
-    assert not (folder / "pretrain" / "left behind").exists()
     for name, recipe in (("pretrain", QUICK.pretrain), ("tune", QUICK.tune)):
         run = Run(folder / name)
         assert run.recipe == recipe

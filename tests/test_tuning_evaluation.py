@@ -6,7 +6,8 @@ import pytest
 
 from fuseformer.tuning import evaluation
 from fuseformer.tuning.evaluation import corpus_perplexity, evaluate
-from fuseformer.tuning.instructions import IGNORE_INDEX, Record, encode_answer, encode_prompt
+from fuseformer.tuning.instructions import IGNORE_INDEX, Record
+from fuseformer.tuning.prompts import Room, encode_answer, encode_prompt
 
 
 class Characters:
@@ -14,6 +15,9 @@ class Characters:
 
     def encode(self, text):
         return [3 + ord(c) for c in text]
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids):
         return "".join(chr(i - 3) for i in ids if i > 2)
@@ -58,7 +62,7 @@ class Oracle:
 
 
 def test_a_model_that_knows_everything_has_full_marks():
-    result = evaluate(Oracle(RECORDS), CODEC, RECORDS, max_length=200)
+    result = evaluate(Oracle(RECORDS), CODEC, RECORDS, room=Room(200))
     assert set(result.metrics) == {r.task for r in RECORDS}
     for task, scores in result.metrics.items():
         assert scores["perplexity"] == pytest.approx(2), task
@@ -73,7 +77,7 @@ def test_a_model_that_knows_everything_has_full_marks():
 
 
 def test_a_model_that_knows_nothing_has_none():
-    result = evaluate(Oracle([]), CODEC, RECORDS, max_length=200)
+    result = evaluate(Oracle([]), CODEC, RECORDS, room=Room(200))
     for task, scores in result.metrics.items():
         assert scores["perplexity"] == pytest.approx(8), task
         if task != "classification":
@@ -83,35 +87,82 @@ def test_a_model_that_knows_nothing_has_none():
 def test_accuracy_counts_the_labels_chosen():
     # It knows two of three and takes the shorter of "mail" and "files" where it knows nothing.
     unsure = Oracle([RECORDS[0]])
-    result = evaluate(unsure, CODEC, RECORDS[:3], max_length=200)
+    result = evaluate(unsure, CODEC, RECORDS[:3], room=Room(200))
     assert [a.text for a in result.answers["classification"]] == ["mail", "mail", "mail"]
     assert result.metrics["classification"]["accuracy"] == pytest.approx(200 / 3)
 
 
 def test_limits_are_kept():
-    model = Oracle(RECORDS, limit=60)
+    model = Oracle(RECORDS, limit=81)
     result = evaluate(
         model,
         CODEC,
         RECORDS,
-        max_length=60,
+        room=Room(80),
         max_new_tokens=30,
         generate_limit=1,
-        tokens_per_batch=64,
+        tokens_per_batch=96,
     )
     assert model.generated == 4
-    assert model.largest <= 64
+    assert model.largest <= 96
     assert len(result.answers["question_answering"]) == 1
     assert len(result.answers["classification"]) == 3
-    with pytest.raises(ValueError, match="max_length"):
-        evaluate(model, CODEC, RECORDS, max_length=8)
+    with pytest.raises(ValueError, match="records: none of 8 fits the model; record of task"):
+        evaluate(model, CODEC, RECORDS, room=Room(8))
     with pytest.raises(ValueError, match="records: got none"):
-        evaluate(model, CODEC, [], max_length=60)
+        evaluate(model, CODEC, [], room=Room(60))
+
+
+def filling(length, apart):
+    """Return a record of which prompt and answer, or each of them, fill `length` positions."""
+    answer = "y" * 40
+    record = Record("Say.", "x", answer, "question_answering")
+    # One more may come in: the last token of all is predicted and not read.
+    prompt = length if apart else length + 1 - len(encode_answer(record, CODEC))
+    missing = prompt - len(encode_prompt(record, CODEC))
+    return Record("Say.", "x" * (1 + missing), answer, "question_answering")
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_record_that_fits_is_judged_whole(apart):
+    record, room = filling(90, apart), Room(90, apart)
+    result = evaluate(Oracle([record]), CODEC, [record], room=room, max_new_tokens=85)
+    assert result.metrics["question_answering"]["exact_match"] == 100
+    assert result.metrics["question_answering"]["perplexity"] == pytest.approx(2)
+    assert (result.fit["question_answering"].judged, result.notices(room)) == (1, [])
+
+
+def test_what_does_not_fit_is_counted_and_the_rest_is_judged():
+    fits = Record("Say.", "a", "the first answer", "question_answering")
+    long_input = Record("Say.", "b" * 300, "it", "question_answering")
+    long_answer = Record("Say.", "c", "d" * 300, "question_answering", "own.jsonl", 7)
+    room = Room(80)
+    result = evaluate(Oracle([fits]), CODEC, [fits, long_input, long_answer], room=room)
+    assert [a.record for a in result.answers["question_answering"]] == [fits, long_input]
+    shortened, left_out = result.notices(room)
+    assert "question_answering: 1 of 2 lost the end of their input" in shortened
+    assert "question_answering: 1 of 3 records left out: own.jsonl, line 7: " in left_out
+
+
+def test_how_texts_were_split_is_part_of_the_result():
+    records = [
+        Record("Translate.", "a", "今天天气很好", "translation"),
+        Record("Translate.", "b", "good weather", "translation"),
+        Record("Sum.", "c", "今天", "summarisation"),
+    ]
+    result = evaluate(Oracle(records), CODEC, records, room=Room(80))
+    assert result.metrics["translation"]["bleu"] == pytest.approx(100)
+    assert result.tokenisers == {
+        "translation": {"bleu": "13a: 1, zh: 1"},
+        "summarisation": {"rouge_l": "characters"},
+    }
+    result = evaluate(Oracle(records), CODEC, records[:2], room=Room(80), tokenise="char")
+    assert result.tokenisers == {"translation": {"bleu": "char"}}
 
 
 def test_results_do_not_depend_on_the_batches():
-    one = evaluate(Oracle(RECORDS[:5]), CODEC, RECORDS, max_length=200, tokens_per_batch=1)
-    many = evaluate(Oracle(RECORDS[:5]), CODEC, RECORDS, max_length=200, tokens_per_batch=10**6)
+    one = evaluate(Oracle(RECORDS[:5]), CODEC, RECORDS, room=Room(200), tokens_per_batch=1)
+    many = evaluate(Oracle(RECORDS[:5]), CODEC, RECORDS, room=Room(200), tokens_per_batch=10**6)
     assert one.answers == many.answers
     assert one.metrics.keys() == many.metrics.keys()
     for task in one.metrics:

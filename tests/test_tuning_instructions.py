@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from fuseformer.tuning import dataset, instructions, splitting, tasks
+from fuseformer.tuning import dataset, instructions, prompts, splitting, tasks
 from fuseformer.tuning.corpora import Docstring, Document
 from fuseformer.tuning.instructions import Record
 
@@ -14,6 +14,9 @@ class Words:
     """A tokenizer of one token a word, for looking at what is encoded."""
 
     bos_id, eos_id = 1, 2
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
 
     def encode(self, text):
         return [3 + splitting.stable_hash(word) % 1000 for word in text.split()]
@@ -185,6 +188,13 @@ def test_records_survive_a_file(tmp_path):
     assert instructions.read_records(tmp_path / "s.jsonl") == [Record(**GOOD)]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_record(tmp_path):
+    (tmp_path / "r.jsonl").write_text("\ufeff" + json.dumps(GOOD) + "\r\n", encoding="utf-8")
+    (record,) = instructions.read_records(tmp_path / "r.jsonl")
+    assert record == Record(**GOOD)
+    assert record.source == f"{tmp_path / 'r.jsonl'}, line 1"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -194,6 +204,7 @@ def test_records_survive_a_file(tmp_path):
         (json.dumps({**GOOD, "output": 3}), '"output" is int, want a string'),
         (json.dumps({**GOOD, "output": " "}), '"output" is empty'),
         (json.dumps({**GOOD, "lang": "fr"}), "unknown field 'lang'"),
+        ('{"output": "a", ' + json.dumps(GOOD)[1:], 'field "output" comes twice'),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path, line, message):
@@ -211,20 +222,9 @@ def test_files_that_hold_no_records(tmp_path):
         instructions.read_records(tmp_path / "absent.jsonl")
 
 
-def test_labels_cover_the_answer_alone():
-    record = Record("Say it.", "the input", "the answer", "writing")
-    ids, labels = instructions.encode_record(record, Words())
-    answer = instructions.encode_answer(record, Words())
-    assert answer[-1] == Words.eos_id
-    assert ids[0] == Words.bos_id
-    assert ids[-len(answer) :] == labels[-len(answer) :] == answer
-    assert set(labels[: -len(answer)]) == {instructions.IGNORE_INDEX}
-    assert len(ids) == len(labels)
-
-
 def test_braces_in_a_record_are_text():
     record = Record("Format {this}", "{input} {0}", "x", "writing")
-    template = instructions.DEFAULT_TEMPLATE
+    template = prompts.DEFAULT_TEMPLATE
     assert template.prompt(record.instruction, record.input).startswith(
         "Task: Format {this}\n{input} {0}\n"
     )
@@ -233,15 +233,24 @@ def test_braces_in_a_record_are_text():
 
 def test_long_records_are_errors_or_cut_by_name():
     record = Record("Say it.", "word " * 50, "the answer", "writing")
-    with pytest.raises(ValueError, match="the model takes 20"):
-        instructions.encode_record(record, Words(), max_length=20)
-    ids, labels = instructions.encode_record(record, Words(), max_length=20, truncation="input")
-    assert len(ids) == 20
-    assert labels[-3:] == instructions.encode_answer(record, Words())
-    with pytest.raises(ValueError, match="instruction and answer alone"):
-        instructions.encode_record(record, Words(), max_length=5, truncation="input")
+
+    def encoded(length, truncation):
+        (made,) = prompts.encode_records([record], Words(), prompts.Room(length), truncation)
+        return made
+
+    assert (
+        "of task 'writing': a prompt of 55 tokens and an answer of 3, the model takes 21 in all"
+        in (encoded(20, "error").problem)
+    )
+    made = encoded(20, "input")
+    assert made.problem == ""
+    assert len(made.prompt) == 21 - 20 // 4  # what is kept free is more than this answer needs
+    assert made.answer == prompts.encode_answer(record, Words())
+    assert "too long even without its input" in encoded(5, "input").problem
+    whole = encoded(57, "error")
+    assert (len(whole.prompt), len(whole.answer), whole.lost) == (55, 3, 0)
     with pytest.raises(ValueError, match="truncation"):
-        instructions.encode_record(record, Words(), truncation="left")
+        encoded(20, "left")
 
 
 def test_held_out_fraction_is_checked_and_kept():

@@ -1,11 +1,13 @@
 """Recipes: fields, files, flags, and what they refuse."""
 
 import argparse
+import os
 from dataclasses import asdict, fields
 
 import pytest
 
 from fuseformer.tuning.recipe import (
+    PATHS,
     Recipe,
     add_flags,
     differences,
@@ -26,13 +28,17 @@ def test_a_written_recipe_reads_back_equal(tmp_path):
         learning_rate=3e-5,
         tasks=("translation",),
     )
+    recipe = recipe.with_absolute_paths()
     path = write(tmp_path / "recipe.toml", recipe.to_toml())
     assert read_recipe(path)[0] == recipe
 
 
 def test_a_file_sets_what_it_names(tmp_path):
-    recipe, given = read_recipe(write(tmp_path / "r.toml", 'steps = 7\ncorpus = ["x.txt"]\n'))
-    assert (recipe.steps, recipe.corpus, recipe.width) == (7, ("x.txt",), Recipe().width)
+    recipe, given = read_recipe(
+        write(tmp_path / "r.toml", '\ufeffsteps = 7\r\ncorpus = ["x.txt", "/y.txt"]\n')
+    )
+    files = (str(tmp_path / "x.txt"), "/y.txt")  # a relative name counts from the file's folder
+    assert (recipe.steps, recipe.corpus, recipe.width) == (7, files, Recipe().width)
     assert set(given) == {"steps", "corpus"}
     assert differences(recipe, Recipe()) == ["corpus", "steps"]
 
@@ -66,7 +72,12 @@ def test_every_field_has_a_flag_that_sets_it():
         words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
         flag = "--" + spec.name.replace("_", "-")
         given = flags_given(parser.parse_args([flag, *words]))
+        if spec.name in PATHS:
+            value = (os.path.abspath("x"),)
         assert given == {spec.name: value}
+        if isinstance(default, tuple):
+            twice = flags_given(parser.parse_args([flag, *words, flag, *words]))
+            assert twice == {spec.name: 2 * value}
         changed = merged(Recipe(), given, "flags")
         assert differences(changed, Recipe()) == [spec.name]
     assert "learning rate at the end" in parser.format_help()
@@ -96,6 +107,7 @@ def test_every_field_has_a_flag_that_sets_it():
         ("masked_share = 0", "masked_share: got 0"),
         ("held_out_share = 1", "held_out_share: got 1"),
         (f"seed = {2**63 - 1}0", "seed: got"),
+        ("repeat = ['writing=1', 'writing=2']", "repeat: got 'writing' twice"),
         ("repeat = ['classification=²']", "repeat: got 'classification=²'"),
         ("steps =", "not TOML"),
     ],

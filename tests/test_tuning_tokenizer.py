@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuseformer.tuning import corpora
-from fuseformer.tuning.tokenizer import SPECIAL_TOKENS, Tokenizer
+from fuseformer.tuning.tokenizer import PIECE, SPECIAL_TOKENS, Tokenizer, pieces
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +87,24 @@ def test_bad_training_requests():
         Tokenizer.train(["text"], vocab_size=100)
     with pytest.raises(ValueError, match="no text"):
         Tokenizer.train(["", ""])
+
+
+def test_a_long_text_is_encoded_in_pieces_to_the_same_tokens():
+    text = "".join(f"line {i}, of many\n" + "\n  " * (i % 3) for i in range(20_000))
+    made = list(pieces(text))
+    assert "".join(made) == text
+    assert len(made) > 4
+    assert max(map(len, made)) <= PIECE
+    tokenizer = Tokenizer.train([text], 300)
+    texts = [text, "", "short"]
+    assert [list(ids) for ids in tokenizer.encode_each(texts)] == tokenizer.encode_batch(texts)
+    assert "".join(pieces("x" * 200_000)) == "x" * 200_000
+    assert list(pieces("")) == [""]
+
+
+def test_a_vocabulary_of_much_text_is_counted_from_a_share_of_it(monkeypatch):
+    texts = [f"word{i % 7} of text {i % 11}" for i in range(4000)]
+    monkeypatch.setattr("fuseformer.tuning.tokenizer.COUNTED", 20_000)
+    one, two = (Tokenizer.train(texts, 300) for _ in range(2))
+    assert one.encode("word3 of text 5") == two.encode("word3 of text 5")
+    assert len(one.encode("word3 of text 5")) < 8

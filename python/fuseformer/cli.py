@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .info import describe, describe_kernels, survey
 from .tuning.recipe import Recipe, add_flags, flags_given, merged, read_recipe
+from .tuning.scripts import AUTO, TOKENISERS
 from .tuning.signals import InterruptedRunError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def _evaluate(arguments: argparse.Namespace) -> str:
         max_new_tokens=arguments.max_new_tokens,
         output=arguments.json,
         device=arguments.device,
+        tokenise=arguments.tokenise,
     )
 
 
@@ -149,10 +151,21 @@ def _parser() -> argparse.ArgumentParser:
     own = command("evaluate", _evaluate, "judge a run by what it has not seen")
     own.add_argument("model", type=Path, metavar="RUN", help="run or checkpoint")
     own.add_argument(
-        "--records", type=Path, nargs="*", default=[], help="JSONL files instead of the run's own"
+        "--records",
+        type=Path,
+        nargs="*",
+        action="extend",
+        default=[],
+        help="JSONL files instead of the run's own",
     )
     own.add_argument("--limit", type=int, help="answers to write for each open task")
     own.add_argument("--max-new-tokens", type=int, default=40)
+    own.add_argument(
+        "--tokenise",
+        default=AUTO,
+        choices=(AUTO, *TOKENISERS),
+        help="how BLEU splits texts; auto: as the script of each reference asks (default)",
+    )
     own.add_argument("--json", type=Path, help="write the metrics to this file")
     own.add_argument("--device", default="auto")
 

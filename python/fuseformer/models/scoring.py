@@ -21,7 +21,7 @@ def sequence_nll(
     where it does not count; the first of a sequence never counts. The unit is nats. All sequences
     are packed into one pass without dropout, and logits exist a chunk at a time. Raises
     `ValueError` where labels and sequences differ in number or length, for foreign tokens, and for
-    a sequence too long for the model.
+    a sequence longer than the model reads, its last token not counted.
     """
     if len(labels) != len(sequences):
         raise ValueError(f"labels: got {len(labels)}, expected {len(sequences)} as in sequences")
@@ -31,12 +31,13 @@ def sequence_nll(
                 f"labels: got {len(expected)} for sequence {index}, expected one for each of its "
                 f"{len(tokens)} tokens"
             )
-    # Behind token j the model predicts token j + 1, so that is where the label of j + 1 belongs.
-    shifted = [[*expected[1:], IGNORED][: len(expected)] for expected in labels]
+    # Behind token j the model predicts token j + 1, so that is where the label of j + 1 belongs;
+    # behind the last it predicts nothing, so that is not read.
+    shifted = [expected[1:] for expected in labels]
     counts = [sum(label != IGNORED for label in expected) for expected in shifted]
     if not any(counts):
         return [(0.0, 0) for _ in sequences]
-    ids, positions, where = pack_ids(sequences, model.device)
+    ids, positions, where = pack_ids([tokens[:-1] for tokens in sequences], model.device)
     targets, _, _ = pack_ids(shifted, model.device)
     with evaluating(model):
         losses = model.loss(ids, positions, targets, where, reduction="none")

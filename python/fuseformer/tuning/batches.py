@@ -4,46 +4,44 @@ Sequences are laid end to end, without padding; `cu_seqlens` says where each beg
 `varlen_attention` reads it.
 """
 
-import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fuseformer.tuning.examples import (
+    AnyExample,
+    Example,
+    Examples,
+    Seq2SeqExample,
+    causal_chunks,
+    causal_example,
+    masked_chunks,
+    seq2seq_example,
+)
 from fuseformer.tuning.instructions import IGNORE_INDEX
 from fuseformer.tuning.splitting import stable_hash
 
+__all__ = [
+    "MASKED_SHARE",
+    "Example",
+    "PackedBatch",
+    "PackedSampler",
+    "Seq2SeqBatch",
+    "Seq2SeqExample",
+    "causal_chunks",
+    "causal_example",
+    "collate",
+    "mask_tokens",
+    "masked_chunks",
+    "pack",
+    "seq2seq_example",
+]
+
 MASKED_SHARE = 0.15
-
-
-@dataclass(frozen=True)
-class Example:
-    """A sequence and, for each of its positions, the token to predict there (-100 for none)."""
-
-    input_ids: list[int]
-    targets: list[int]
-
-    @property
-    def tokens(self) -> int:
-        """The positions it takes in a batch."""
-        return len(self.input_ids)
-
-
-@dataclass(frozen=True)
-class Seq2SeqExample:
-    """A source to read and a target to write."""
-
-    source_ids: list[int]
-    input_ids: list[int]
-    targets: list[int]
-
-    @property
-    def tokens(self) -> int:
-        """The positions it takes in a batch, source and target together."""
-        return len(self.source_ids) + len(self.input_ids)
 
 
 @dataclass(frozen=True)
@@ -92,53 +90,6 @@ class Seq2SeqBatch(PackedBatch):
     def tokens(self) -> int:
         """How many positions a model computes, sources and targets together."""
         return self.input_ids.numel() + self.source_ids.numel()
-
-
-AnyExample = TypeVar("AnyExample", Example, Seq2SeqExample)
-
-
-def causal_example(input_ids: Sequence[int], labels: Sequence[int] | None = None) -> Example:
-    """Shift a sequence so that position i predicts label i + 1; labels default to the sequence."""
-    labels = input_ids if labels is None else labels
-    if len(labels) != len(input_ids):
-        raise ValueError(f"labels: got {len(labels)}, want one for each of {len(input_ids)} ids")
-    if len(input_ids) < 2:
-        raise ValueError(f"input_ids: got {len(input_ids)} tokens, want at least 2")
-    return Example(list(input_ids[:-1]), list(labels[1:]))
-
-
-def seq2seq_example(
-    source: Sequence[int], target: Sequence[int], bos_id: int, eos_id: int
-) -> Seq2SeqExample:
-    """Make a source and a target without special tokens into what an encoder-decoder trains on."""
-    return Seq2SeqExample([*source, eos_id], [bos_id, *target], [*target, eos_id])
-
-
-def causal_chunks(
-    documents: Sequence[Sequence[int]], max_length: int, bos_id: int, eos_id: int
-) -> list[Example]:
-    """Cut documents into examples of at most `max_length` positions, each token predicted once."""
-    _check_positive("max_length", max_length)
-    examples = []
-    for document in documents:
-        ids = [bos_id, *document, eos_id]
-        for start in range(0, len(ids) - 1, max_length):
-            examples.append(causal_example(ids[start : start + max_length + 1]))
-    return examples
-
-
-def masked_chunks(
-    documents: Sequence[Sequence[int]], max_length: int, bos_id: int, eos_id: int
-) -> list[Example]:
-    """Cut documents into examples of at most `max_length` tokens, to be masked batch by batch."""
-    _check_positive("max_length", max_length)
-    examples = []
-    for document in documents:
-        ids = [bos_id, *document, eos_id]
-        for start in range(0, len(ids), max_length):
-            piece = ids[start : start + max_length]
-            examples.append(Example(piece, [IGNORE_INDEX] * len(piece)))
-    return examples
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, int, Tensor]:
@@ -224,8 +175,8 @@ class PackedSampler:
             raise ValueError(f'truncation: got {truncation!r}, want None or "right"')
         if not examples:
             raise ValueError("examples: got none, want at least one")
-        self._examples = [_fitted(example, max_length, truncation) for example in examples]
-        longest = max(example.tokens for example in self._examples)
+        self._examples = _fitted(Examples.of(examples), max_length, truncation)
+        longest = max(map(self._examples.tokens, range(len(self._examples))))
         if longest > tokens_per_batch:
             raise ValueError(
                 f"tokens_per_batch: got {tokens_per_batch}, want at least {longest}, the tokens of "
@@ -248,26 +199,22 @@ class PackedSampler:
         batch_seed = _mixed(self.seed, self.epoch, self.position)
         taken, tokens = [], 0
         while self.position < len(self._order):
-            example = self._examples[self._order[self.position]]
-            if tokens + example.tokens > self._budget:
+            index = self._order[self.position]
+            if tokens + self._examples.tokens(index) > self._budget:
                 break
-            taken.append(example)
-            tokens += example.tokens
+            taken.append(self._examples[index])
+            tokens += self._examples.tokens(index)
             self.position += 1
         return collate(taken, batch_seed)
 
     @property
     def tokens_per_epoch(self) -> int:
         """The positions of all examples."""
-        return sum(example.tokens for example in self._examples)
+        return sum(map(self._examples.tokens, range(len(self._examples))))
 
     def fingerprint(self) -> str:
         """Return a number, as text, that changes with any token of the examples or their order."""
-        crc = 0
-        for example in self._examples:
-            for part in fields(example):
-                crc = zlib.crc32(array("q", getattr(example, part.name)).tobytes(), crc)
-        return f"{crc:08x}"
+        return self._examples.fingerprint()
 
     def state_dict(self) -> dict[str, int]:
         """Return what `load_state_dict` needs to continue with the next batch."""
@@ -285,11 +232,12 @@ class PackedSampler:
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
         self._order = self._draw_order()
 
-    def _draw_order(self) -> list[int]:
+    def _draw_order(self) -> Sequence[int]:
         if not self._shuffle:
-            return list(range(len(self._examples)))
+            return range(len(self._examples))
         generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch, -1))
-        return torch.randperm(len(self._examples), generator=generator).tolist()
+        order = torch.randperm(len(self._examples), generator=generator)
+        return array("q", order.numpy().tobytes())
 
 
 def _mixed(seed: int, epoch: int, position: int) -> int:
@@ -301,14 +249,21 @@ def _check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name}: got {value}, want at least 1")
 
 
-def _fitted(example: Any, max_length: int, truncation: str | None) -> Any:
-    parts = {f.name: getattr(example, f.name) for f in fields(example)}
-    longest = max(map(len, parts.values()))
+def _fitted(examples: Examples[Any], max_length: int, truncation: str | None) -> Examples[Any]:
+    longest = examples.longest()
     if longest <= max_length:
-        return example
+        return examples
     if truncation is None:
         raise ValueError(
             f"examples: one has {longest} tokens, the model takes {max_length}; "
             'cut it into chunks or ask for truncation="right"'
         )
-    return replace(example, **{name: part[:max_length] for name, part in parts.items()})
+    return Examples.of(
+        [
+            replace(
+                example,
+                **{f.name: getattr(example, f.name)[:max_length] for f in fields(example)},
+            )
+            for example in examples
+        ]
+    )

@@ -1,6 +1,7 @@
 """What the commands `pretrain`, `tune`, `evaluate` and `generate` do with their arguments."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,25 +17,31 @@ from fuseformer.models.config import ModelConfig
 from fuseformer.models.language_model import TokenModel
 from fuseformer.models.modes import evaluating
 from fuseformer.tuning.batches import PackedSampler
-from fuseformer.tuning.evaluation import evaluate
-from fuseformer.tuning.instructions import (
-    DEFAULT_TEMPLATE,
-    IGNORE_INDEX,
-    read_records,
-)
+from fuseformer.tuning.evaluation import Evaluation, evaluate
+from fuseformer.tuning.instructions import IGNORE_INDEX, read_records
 from fuseformer.tuning.language_model import TunedModel
+from fuseformer.tuning.manifest import RECIPE
 from fuseformer.tuning.metrics import perplexity
 from fuseformer.tuning.objectives import Objective, make_objective, objective_of
 from fuseformer.tuning.ownership import check_single_process, owned
-from fuseformer.tuning.recipe import Recipe, differences, merged
+from fuseformer.tuning.progress import say
+from fuseformer.tuning.prompts import shape_prompt
+from fuseformer.tuning.readers import check_readable
+from fuseformer.tuning.recipe import RESUMABLE, Recipe, differences, merged, read_recipe
 from fuseformer.tuning.runs import Run, load_tuned
 from fuseformer.tuning.signals import StopRequest
-from fuseformer.tuning.sources import corpus_texts, held_out_records, training_records
+from fuseformer.tuning.sources import (
+    check_sources,
+    corpus_texts,
+    held_out_records,
+    training_records,
+)
 from fuseformer.tuning.tokenizer import Tokenizer
 from fuseformer.tuning.train import Outcome, resolve_device, train
 
 #: What `generate` writes at most, unless told otherwise.
 NEW_TOKENS = 60
+FULL = "the model has no room for more"
 #: Small models loop when they answer greedily; they are judged without (`models.generate`).
 JUDGED_NO_REPEAT = 3
 AnyModel = TypeVar("AnyModel", bound=TokenModel)
@@ -77,7 +84,17 @@ def _new_run(folder: Path, recipe: Recipe) -> Run:
     run = Run(folder)
     run.check_unused()
     resolve_device(recipe.device)
+    check_sources(recipe)
     return run
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    """Raise `ValueError` where `folder` is not one that can be written to, or made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name}: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}: {there} cannot be written to (Permission denied)")
 
 
 def _reopen(folder: Path, given: Mapping[str, Any]) -> tuple[Run, Recipe, Path, Any, Tokenizer]:
@@ -85,20 +102,27 @@ def _reopen(folder: Path, given: Mapping[str, Any]) -> tuple[Run, Recipe, Path, 
     run = Run(folder)
     checkpoint = run.latest()
     recipe = run.recipe
-    changed = differences(recipe, merged(recipe, given, "flags"))
-    if changed:
-        raise ValueError(
-            f"{changed[0]}: a resumed run keeps its recipe, {getattr(recipe, changed[0])!r} here; "
-            "leave the flag out, or start a new run"
-        )
+    wanted = merged(recipe, given, "flags")
+    changed = differences(recipe, wanted)
+    for name in changed:
+        if name not in RESUMABLE:
+            raise ValueError(
+                f"{name}: a resumed run keeps its recipe, {getattr(recipe, name)!r} here; "
+                f"leave the flag out, or start a new run (only {', '.join(RESUMABLE)} may change)"
+            )
+    resolve_device(wanted.device)
+    check_sources(wanted)
     model, tokenizer, _ = load_tuned(checkpoint)
-    return run, recipe, checkpoint, model, tokenizer
+    for name in changed:
+        say(f"{name}: {getattr(recipe, name)} until now, {getattr(wanted, name)} from here")
+    return run, wanted, checkpoint, model, tokenizer
 
 
 @contextmanager
 def _training_in(folder: Path) -> Iterator[StopRequest]:
     """Own the folder of a run, and let signals stop it in good order, from its first line on."""
     check_single_process()
+    _check_writable("output", folder)
     with StopRequest() as stop, owned(folder):
         yield stop
 
@@ -112,6 +136,9 @@ def pretrain(recipe: Recipe, given: Mapping[str, Any], folder: Path, resume: boo
 def _pretrain(
     recipe: Recipe, given: Mapping[str, Any], folder: Path, resume: bool, stop: StopRequest
 ) -> Outcome:
+    for name in ("records", "repeat"):
+        if name in given:
+            raise ValueError(f"{name}: pretraining reads documents, not records; leave it out")
     checkpoint = None
     if resume:
         run, recipe, checkpoint, model, tokenizer = _reopen(folder, given)
@@ -123,6 +150,7 @@ def _pretrain(
         model = new_model(recipe, tokenizer)
     objective = make_objective(recipe, tokenizer)
     examples = objective.from_documents(texts)
+    del texts  # they may be as large as everything that training needs
     return train(
         model,
         tokenizer,
@@ -163,28 +191,32 @@ def _tune(
         raise ValueError("model: a resumed run goes on from its own checkpoint; leave it out")
     # Records are made of the same text as documents: none of those stays unseen.
     recipe = replace(recipe, held_out_share=0.0)
-    checkpoint = None
+    if recipe.objective == "masked":
+        raise ValueError(
+            "objective: a masked language model cannot answer instructions; use causal or seq2seq"
+        )
+    checkpoint = model = None
     if resume:
         run, recipe, checkpoint, model, tokenizer = _reopen(folder, given)
-        records = training_records(recipe)
-    elif base is not None:
-        run = _new_run(folder, recipe)
-        model, tokenizer, _ = load_tuned(base)
-        recipe, model = _adopt(recipe, model, given)
-        records = training_records(recipe)
     else:
         run = _new_run(folder, recipe)
-        records = training_records(recipe)
+    if base is not None:
+        model, tokenizer, _ = load_tuned(base)
+        recipe, model = _adopt(recipe, model, given)
+    if model is not None and objective_of(model) != recipe.objective:
+        raise ValueError(
+            f"objective: got {recipe.objective!r}, but {base or folder} holds a "
+            f"{type(model).__name__}, which learns {objective_of(model)!r}"
+        )
+    records = training_records(recipe)
+    if model is None:
         texts = [t for r in records for t in (r.instruction, r.input, r.output)]
         tokenizer = Tokenizer.train(texts, recipe.vocab_size)
+        del texts
         model = new_model(recipe, tokenizer)
     objective = make_objective(recipe, tokenizer)
-    if not isinstance(model, objective.model_class):
-        raise ValueError(
-            f"objective: {recipe.objective!r} trains a {objective.model_class.__name__}, but "
-            f"{base or folder} holds a {type(model).__name__}"
-        )
     examples = objective.from_records(records)
+    del records
     return train(
         model,
         tokenizer,
@@ -206,48 +238,80 @@ def evaluate_run(
     max_new_tokens: int,
     output: Path | None,
     device: str,
+    tokenise: str,
 ) -> str:
-    """Judge a checkpoint by held-out records; return the table, and write JSON to `output`."""
+    """Judge a checkpoint by held-out records; return the table, and write JSON to `output`.
+
+    What does not fit the model is counted and said.
+    """
     for name, number in (("limit", limit), ("max_new_tokens", max_new_tokens)):
         _check_positive(name, number)
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise ValueError(f"json: got {output}, expected a file in a folder that exists")
+    if output is not None:
+        if output.is_dir() or not output.parent.is_dir():
+            raise ValueError(f"json: got {output}, expected a file in a folder that exists")
+        _check_writable("json", output.parent)
+    check_readable("records", records)
+    held_out = [record for file in records for record in read_records(file)]
     model, tokenizer, folder = load_tuned(path, str(resolve_device(device)))
-    recipe = _recipe_of(folder, model)
+    recipe = _recipe_of(folder, model, judged_by_it=not records)
     metrics: dict[str, dict[str, float]] = {}
     if records and recipe.objective == "masked":
         raise ValueError("records: a masked language model is judged by documents, not by records")
+    own = not records and recipe.objective != "masked"
+    if own and (recipe.held_out or not recipe.corpus):
+        held_out = held_out_records(recipe)
     if not records and not recipe.records and recipe.held_out_share:
         _, texts = corpus_texts(recipe)
         if texts:
             objective = make_objective(recipe, tokenizer)
             value = held_out_perplexity(model, objective, texts)
             metrics["held-out documents"] = {"perplexity": value}
-    if recipe.objective != "masked" and not (recipe.corpus and not records):
-        held_out = (
-            [record for file in records for record in read_records(file)]
-            if records
-            else held_out_records(recipe)
-        )
+    result = Evaluation()
+    if held_out:
         tuned = TunedModel(model, tokenizer, no_repeat=JUDGED_NO_REPEAT)
-        metrics |= evaluate(
+        result = evaluate(
             tuned,
             tokenizer,
             held_out,
-            max_length=tuned.max_length,
+            room=tuned.room,
             max_new_tokens=max_new_tokens,
             generate_limit=limit,
-            language=recipe.language,
-        ).metrics
+            tokenise=tokenise,
+        )
+        for line in result.notices(tuned.room):
+            say(line)
+        metrics |= result.metrics
     if not metrics:
         remedy = "" if recipe.objective == "masked" else "; pass --records FILE"
         raise ValueError(
             f"{folder}: nothing to judge by: no document was held out of its corpus{remedy}"
         )
     if output is not None:
-        text = json.dumps({"checkpoint": str(folder), "metrics": metrics}, indent=1) + "\n"
+        content = {"checkpoint": str(folder), "metrics": metrics, **_details(result)}
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         write_atomically(output, lambda file: file.write(text.encode()))
-    return metrics_table({"": metrics})
+    return "\n".join([metrics_table({"": metrics}), *_tokenisers(result)])
+
+
+def _details(result: Evaluation) -> dict[str, Any]:
+    """Return what JSON says besides the metrics: what fitted, and how texts were split."""
+    records = {
+        task: {
+            "judged": fit.judged,
+            "shortened": fit.shortened,
+            "left_out": len(fit.problems),
+        }
+        for task, fit in result.fit.items()
+    }
+    return {"records": records, "tokenisers": result.tokenisers}
+
+
+def _tokenisers(result: Evaluation) -> list[str]:
+    return [
+        f"{task} {name} counts: {used}"
+        for task, names in result.tokenisers.items()
+        for name, used in names.items()
+    ]
 
 
 def _check_positive(name: str, number: int | None) -> None:
@@ -274,13 +338,23 @@ def held_out_perplexity(model: Any, objective: Objective, texts: Sequence[str]) 
     return perplexity(total, count)
 
 
-def _recipe_of(checkpoint: Path, model: Any) -> Recipe:
-    """Return the recipe of the run that a checkpoint lies in, or the defaults outside of one.
+def _recipe_of(checkpoint: Path, model: Any, judged_by_it: bool = False) -> Recipe:
+    """Return the recipe in a checkpoint, or of the run that it lies in, or the defaults.
 
-    What the model itself says, its kind and sizes, comes from the model.
+    What the model itself says, its kind and sizes, comes from the model. Raises `ValueError` where
+    there is no recipe and the model is to be `judged_by_it`.
     """
-    folder = checkpoint.resolve().parent.parent
-    recipe = Run(folder).recipe if (folder / "recipe.toml").exists() else Recipe()
+    folder = checkpoint.resolve()
+    files = [folder / RECIPE]
+    if folder.parent.name == "checkpoints":  # one of before recipes were kept with checkpoints
+        files.append(folder.parent.parent / RECIPE)
+    found = next((file for file in files if file.exists()), None)
+    if found is None and judged_by_it:
+        raise ValueError(
+            f"{checkpoint}: lies outside of its run, so that what to judge it by is not known; "
+            "pass --records FILE"
+        )
+    recipe = Recipe() if found is None else read_recipe(found)[0]
     sizes = {name: getattr(model.config, name) for name in _MODEL_FIELDS}
     return replace(recipe, objective=objective_of(model), **sizes)
 
@@ -325,19 +399,28 @@ def generate_text(
         raise ValueError("prompt: got one besides an instruction, expected one of the two")
     if instruction is None and input:
         raise ValueError("input: expected together with an instruction")
-    model, tokenizer, _ = load_tuned(path, str(resolve_device(device)))
+    model, tokenizer, folder = load_tuned(path, str(resolve_device(device)))
     tuned = TunedModel(model, tokenizer, no_repeat)
-    text = DEFAULT_TEMPLATE.prompt(instruction, input) if instruction is not None else prompt
-    if text is None:
-        text = sys.stdin.read().rstrip("\n")
-    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(NEW_TOKENS, tuned.room_behind(len(ids))))
-    if max_new_tokens > tuned.room_behind(len(ids)):
+    if instruction is not None:
+        truncation = _recipe_of(folder, model).truncation
+        shaped = shape_prompt(instruction, input, tokenizer, tuned.room, truncation)
+        if shaped.problem:
+            raise ValueError(shaped.problem)
+        if shaped.lost:
+            say(f"input: the last {shaped.lost} of {len(input)} characters were left out; {FULL}")
+        text, ids = "", shaped.prompt
+    else:
+        text = sys.stdin.read().rstrip("\n") if prompt is None else prompt
+        text = text.removeprefix("\ufeff")  # the mark that some editors put before a text
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    room = tuned.room.for_new_tokens(len(ids))
+    if room < (max_new_tokens or 1):
         raise ValueError(
-            f"prompt: got {len(ids)} tokens, behind which the model of {tuned.max_length} has room "
-            f"for {max(0, tuned.room_behind(len(ids)))} new ones, not for {max_new_tokens}"
+            f"prompt: got {len(ids)} tokens, behind which the model of {tuned.room.max_length} has "
+            f"room for {room} new ones, not for {max_new_tokens or 1}"
         )
+    if max_new_tokens is None:
+        max_new_tokens = min(NEW_TOKENS, room)
     generator = torch.Generator(model.device).manual_seed(seed)
     (new,) = tuned.generate(
         [ids],

@@ -18,6 +18,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from fuseformer.tuning.readers import json_object, read_lines, read_text
+
 LANGUAGES = {
     "fr": ("French", "jupyterlab_language_pack_fr_FR", "jupyterlab-language-pack-fr-FR"),
     "de": ("German", "jupyterlab_language_pack_de_DE", "jupyterlab-language-pack-de-DE"),
@@ -42,7 +44,7 @@ _PLACEHOLDERS = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """A text to model and where it comes from; documents of one `group` say the same."""
 
@@ -191,46 +193,70 @@ def _catalogue(path: Path) -> Iterator[tuple[str, str]]:
                 yield source, target
 
 
+#: Suffixes of files that hold a line of JSON a document.
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+#: Suffixes of files whose bytes are no text to learn, however well they decode.
+_NO_TEXT = (".csv", ".tsv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
+
+
 def read_documents(paths: Iterable[str | Path]) -> list[Document]:
     """Read a user's corpus: plain text (one document a file) or JSONL (`{"text": ...}` a line).
 
     Raises `ValueError` naming the file, and the line of a JSONL file, for what cannot be read, and
     for a corpus without any text.
     """
-    documents: list[Document] = []
+    return list(documents_of(paths))
+
+
+def documents_of(paths: Iterable[str | Path]) -> Iterator[Document]:
+    """Yield what `read_documents` returns, a document at a time."""
     names = [Path(path) for path in paths]
+    empty = True
     for path in names:
-        try:
-            content = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        if path.suffix.lower() not in (".jsonl", ".ndjson"):
-            documents.append(Document(str(path), content.strip()))
-            continue
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                documents.append(Document(f"{path}:{number}", _text_of_line(line, path, number)))
-    documents = [document for document in documents if document.text]
-    if not documents:
+        for document in _documents_of_file(path):
+            if document.text:
+                empty = False
+                yield document
+    if empty:
         raise ValueError(f"corpus: no text in {', '.join(map(str, names)) or 'an empty file list'}")
-    return documents
+
+
+def _documents_of_file(path: Path) -> Iterator[Document]:
+    suffix = path.suffix.lower()
+    if suffix in _NO_TEXT:
+        raise ValueError(
+            f"{path}: a corpus is plain text or lines of JSON, not {suffix}; convert it to .jsonl"
+        )
+    if suffix in JSON_LINES:
+        for number, line in read_lines(path):
+            yield Document(f"{path}:{number}", _text_of_line(line, f"{path}, line {number}"))
+        return
+    text = read_text(path).strip()
+    if text.startswith("{") and _is_line_of_corpus(text.split("\n", 1)[0]):
+        raise ValueError(f"{path}: holds lines of JSON; name it .jsonl to have its texts read")
+    yield Document(str(path), text)
+
+
+def _is_line_of_corpus(line: str) -> bool:
+    try:
+        _text_of_line(line, "")
+    except ValueError:
+        return False
+    return True
 
 
 def is_text(text: str) -> bool:
     """Say whether a string can be written as UTF-8: JSON's escapes may make half a character."""
+    if text.isascii():
+        return True
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _text_of_line(line: str, path: Path, number: int) -> str:
-    try:
-        record = json.loads(line)
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f'{path}, line {number}: want an object with a string "text"')
-    text: str = record["text"].strip()
+def _text_of_line(line: str, where: str) -> str:
+    text = json_object(line, where).get("text")
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: want an object with a string "text"')
+    text = text.strip()
     if not is_text(text):
-        raise ValueError(f"{path}, line {number}: half a surrogate pair, want Unicode text")
+        raise ValueError(f"{where}: half a surrogate pair, want Unicode text")
     return text

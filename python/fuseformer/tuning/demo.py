@@ -21,10 +21,12 @@ from fuseformer.tuning.commands import JUDGED_NO_REPEAT, new_model, with_dropout
 from fuseformer.tuning.comparison import compare_with_torch
 from fuseformer.tuning.dataset import Split, build_split, mixture
 from fuseformer.tuning.evaluation import Evaluation, evaluate
-from fuseformer.tuning.instructions import Record, encode_prompt
+from fuseformer.tuning.instructions import Record
 from fuseformer.tuning.language_model import TunedModel
 from fuseformer.tuning.objectives import make_objective
 from fuseformer.tuning.ownership import check_single_process, owned
+from fuseformer.tuning.progress import say
+from fuseformer.tuning.prompts import shape_prompt
 from fuseformer.tuning.recipe import Recipe
 from fuseformer.tuning.recurrent import RecurrentResult, train_recurrent
 from fuseformer.tuning.report import Example, comparison_rows, table, write_report
@@ -187,6 +189,10 @@ def _run_demo(folder: Path, sizes: Sizes) -> str:
     rows = comparison_rows(before, after, {CLASSIFICATION: baseline.accuracy})
     shown = _examples(before, after)
     subject = split.of_task(CLASSIFICATION, "held_out")[0]
+    subject_ids = shape_prompt(
+        *(subject.instruction, subject.input, tokenizer),
+        *(TunedModel(model, tokenizer).room, sizes.tune.truncation),
+    ).prompt
     write_report(
         folder / REPORT,
         title="A small Transformer, pretrained and tuned on Python's own documentation",
@@ -195,7 +201,7 @@ def _run_demo(folder: Path, sizes: Sizes) -> str:
         rows=rows,
         curves={name: [line["loss"] for line in run.read_log()] for name, run in runs.items()},
         examples=shown,
-        attention=sharpest_map(model, tokenizer, encode_prompt(subject, tokenizer)),
+        attention=sharpest_map(model, tokenizer, subject_ids),
         comparison=comparison,
         facts=_facts(clock, baseline, sizes),
     )
@@ -233,15 +239,18 @@ def _train(
 
 
 def _judge(model: CausalLM, tokenizer: Tokenizer, split: Split, sizes: Sizes) -> Evaluation:
-    return evaluate(
-        TunedModel(model, tokenizer, no_repeat=JUDGED_NO_REPEAT),
+    tuned = TunedModel(model, tokenizer, no_repeat=JUDGED_NO_REPEAT)
+    result = evaluate(
+        tuned,
         tokenizer,
         split.held_out,
-        max_length=sizes.pretrain.max_length,
+        room=tuned.room,
         max_new_tokens=32,
         generate_limit=sizes.generate_limit,
-        language=sizes.tune.language,
     )
+    for line in result.notices(tuned.room):
+        say(line)
+    return result
 
 
 def _examples(before: Evaluation, after: Evaluation, per_task: int = 2) -> list[Example]:

@@ -13,6 +13,7 @@ from fuseformer.models.modes import evaluating
 from fuseformer.models.scoring import sequence_nll
 from fuseformer.models.sequences import pack_ids, per_sequence_sum
 from fuseformer.tuning.instructions import IGNORE_INDEX
+from fuseformer.tuning.prompts import Room
 from fuseformer.tuning.tokenizer import Tokenizer
 
 
@@ -34,15 +35,9 @@ class TunedModel:
         self.no_repeat = no_repeat
 
     @property
-    def max_length(self) -> int:
-        """The longest sequence of tokens that the model reads."""
-        return self.model.config.max_length
-
-    def room_behind(self, prompt_tokens: int) -> int:
-        """Return how many tokens can follow a prompt of so many, its beginning token included."""
-        if isinstance(self.model, EncoderDecoder):  # the target has positions of its own
-            return self.max_length - 1 if prompt_tokens <= self.max_length else 0
-        return self.max_length - prompt_tokens
+    def room(self) -> Room:
+        """The tokens that the model has room for."""
+        return Room(self.model.config.max_length, isinstance(self.model, EncoderDecoder))
 
     def _source(self, prompt: Sequence[int]) -> list[int]:
         """Return what the encoder reads for a prompt: no beginning, but an end."""

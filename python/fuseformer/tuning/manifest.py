@@ -12,7 +12,7 @@ from fuseformer.tuning.ownership import LOCK, OWNER
 MANIFEST, RECIPE, LOG, CHECKPOINTS = "run.json", "recipe.toml", "metrics.jsonl", "checkpoints"
 TOKENIZER, STATE_TENSORS, STATE_NUMBERS = "tokenizer.json", "training.safetensors", "training.json"
 KIND = "fuseformer run"
-_CHECKPOINT_FILES = (WEIGHTS, CONFIG, TOKENIZER, STATE_TENSORS, STATE_NUMBERS)
+_CHECKPOINT_FILES = (WEIGHTS, CONFIG, TOKENIZER, RECIPE, STATE_TENSORS, STATE_NUMBERS)
 _PASSING = (".partial", ".replaced", ".removed")  # of a checkpoint that is written or removed
 
 

@@ -1,6 +1,6 @@
 """What a model learns from: how text becomes examples, and the loss of a packed batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -11,18 +11,19 @@ from fuseformer.models.encoder_decoder import EncoderDecoder
 from fuseformer.models.language_model import LanguageModel
 from fuseformer.models.masked_lm import MaskedLM
 from fuseformer.models.sequences import Sequences, per_sequence_sum
-from fuseformer.tuning.batches import (
+from fuseformer.tuning.batches import PackedBatch, Seq2SeqBatch, mask_tokens
+from fuseformer.tuning.examples import (
     Example,
-    PackedBatch,
-    Seq2SeqBatch,
+    Examples,
     Seq2SeqExample,
     causal_chunks,
     causal_example,
-    mask_tokens,
     masked_chunks,
     seq2seq_example,
 )
-from fuseformer.tuning.instructions import IGNORE_INDEX, Record, encode_prompt, encode_record
+from fuseformer.tuning.instructions import IGNORE_INDEX, Record
+from fuseformer.tuning.progress import progress, say
+from fuseformer.tuning.prompts import EncodedRecord, Room, encode_records, shortened_notice
 from fuseformer.tuning.recipe import Recipe
 from fuseformer.tuning.tokenizer import Tokenizer
 
@@ -50,7 +51,26 @@ class _WithTokenizer:
     def __init__(self, tokenizer: Tokenizer, recipe: Recipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
         self.max_length = recipe.max_length
-        self.truncation = None if recipe.truncation == "error" else recipe.truncation
+
+    def encoded(self, records: Sequence[Record], room: Room) -> Iterator[EncodedRecord]:
+        """Yield the records as tokens that fit, and say how many had to be cut.
+
+        Raises `ValueError` that names the first record that does not fit, and how many do not.
+        """
+        lost, problems = 0, []
+        with progress(len(records), "tokenising", "record") as bar:
+            for made in encode_records(records, self.tokenizer, room, self.recipe.truncation):
+                bar.update()
+                lost += made.lost > 0
+                if made.problem:
+                    problems.append(made.problem)
+                elif not problems:
+                    yield made
+        if problems:
+            others = f" ({len(problems) - 1} more do not fit)" if len(problems) > 1 else ""
+            raise ValueError(problems[0] + others)
+        if lost:
+            say(shortened_notice(lost, len(records), "records", room.max_length))
 
 
 def _where(batch: PackedBatch) -> Sequences:
@@ -74,25 +94,18 @@ class CausalObjective(_WithTokenizer):
         """Return a `CausalLM`."""
         return CausalLM(config)
 
-    def from_documents(self, texts: Sequence[str]) -> list[Example]:
+    def from_documents(self, texts: Sequence[str]) -> Examples[Example]:
         """Cut documents into examples in which each token is predicted once."""
         t = self.tokenizer
-        return causal_chunks(t.encode_batch(texts), self.max_length, t.bos_id, t.eos_id)
+        return causal_chunks(t.encode_each(texts), self.max_length, t.bos_id, t.eos_id)
 
-    def from_records(self, records: Sequence[Record]) -> list[Example]:
+    def from_records(self, records: Sequence[Record]) -> Examples[Example]:
         """Lay each prompt and answer end to end, the answer supervised."""
-        # Shifting takes one token away, so that one more than the model reads may come in.
-        return [
-            causal_example(
-                *encode_record(
-                    record,
-                    self.tokenizer,
-                    max_length=self.max_length + 1,
-                    truncation=self.truncation,
-                )
-            )
-            for record in records
-        ]
+        examples = Examples(Example)
+        for made in self.encoded(records, Room(self.max_length)):
+            labels = [IGNORE_INDEX] * len(made.prompt) + made.answer
+            examples.append(causal_example(made.prompt + made.answer, labels))
+        return examples
 
     def token_losses(
         self, model: CausalLM, batch: PackedBatch, reduction: str
@@ -110,12 +123,12 @@ class MaskedObjective(_WithTokenizer):
         """Return a `MaskedLM`."""
         return MaskedLM(config)
 
-    def from_documents(self, texts: Sequence[str]) -> list[Example]:
+    def from_documents(self, texts: Sequence[str]) -> Examples[Example]:
         """Cut documents into examples; which tokens are hidden is drawn batch by batch."""
         t = self.tokenizer
-        return masked_chunks(t.encode_batch(texts), self.max_length, t.bos_id, t.eos_id)
+        return masked_chunks(t.encode_each(texts), self.max_length, t.bos_id, t.eos_id)
 
-    def from_records(self, records: Sequence[Record]) -> list[Example]:
+    def from_records(self, records: Sequence[Record]) -> Examples[Example]:
         """Raise `ValueError`: a masked language model does not write."""
         raise ValueError(
             "objective: a masked language model cannot answer instructions; use causal or seq2seq"
@@ -144,11 +157,11 @@ class Seq2SeqObjective(_WithTokenizer):
         """Return an `EncoderDecoder`."""
         return EncoderDecoder(config)
 
-    def from_documents(self, texts: Sequence[str]) -> list[Seq2SeqExample]:
+    def from_documents(self, texts: Sequence[str]) -> Examples[Seq2SeqExample]:
         """Make the first half of each chunk of text the source and its second half the target."""
-        t, examples = self.tokenizer, []
+        t, examples = self.tokenizer, Examples(Seq2SeqExample)
         span = 2 * (self.max_length - 1)
-        for ids in t.encode_batch(texts):
+        for ids in t.encode_each(texts):
             for start in range(0, len(ids), span):
                 piece = ids[start : start + span]
                 middle = len(piece) // 2
@@ -158,23 +171,12 @@ class Seq2SeqObjective(_WithTokenizer):
                     )
         return examples
 
-    def from_records(self, records: Sequence[Record]) -> list[Seq2SeqExample]:
+    def from_records(self, records: Sequence[Record]) -> Examples[Seq2SeqExample]:
         """Make each prompt a source and its answer a target."""
-        t, examples, room = self.tokenizer, [], self.max_length - 1
-        for record in records:
-            source = encode_prompt(record, t)[1:]
-            answer = encode_record(record, t)[0][len(source) + 1 : -1]
-            too_long = max(len(source), len(answer)) > room
-            if too_long and (self.truncation is None or len(answer) > room):
-                raise ValueError(
-                    f"record of task {record.task!r} has a prompt of {len(source)} and an answer "
-                    f"of {len(answer)} tokens, the model takes {room} each; shorten it "
-                    'or ask for truncation="input"'
-                )
-            # The end of a prompt says that an answer is due, so its input loses the middle.
-            if too_long:
-                source = source[: room - room // 4] + source[len(source) - room // 4 :]
-            examples.append(seq2seq_example(source, answer, t.bos_id, t.eos_id))
+        t, examples = self.tokenizer, Examples(Seq2SeqExample)
+        for made in self.encoded(records, Room(self.max_length, apart=True)):
+            # A source has no beginning but an end: as many tokens as the prompt.
+            examples.append(seq2seq_example(made.prompt[1:], made.answer[:-1], t.bos_id, t.eos_id))
         return examples
 
     def token_losses(

@@ -5,6 +5,7 @@ A recipe is written next to the run it made, so that resuming and reading back n
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,12 +16,18 @@ from fuseformer.models.config import ModelConfig
 from fuseformer.reference import ACTIVATIONS
 from fuseformer.tuning.batches import MASKED_SHARE
 from fuseformer.tuning.corpora import LANGUAGES
+from fuseformer.tuning.readers import read_text
 from fuseformer.tuning.tasks import DEFAULT_TASKS, TASKS
 
 OBJECTIVES = ("causal", "masked", "seq2seq")
 DTYPES = ("float32", "bfloat16")
 WEIGHTINGS = ("token", "root", "record")
 TRUNCATIONS = ("error", "input")
+#: Fields that name files. A relative name in a TOML file counts from that file's folder, one on the
+#: command line from where the command runs; a run keeps absolute ones.
+PATHS = ("corpus", "records", "held_out")
+#: Fields that may change when a run is resumed: what is learned from, and in which order, stays.
+RESUMABLE = ("learning_rate", "clip_norm", "save_every", "keep", "device")
 
 
 def _field(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -64,7 +71,7 @@ class Recipe:
     )
     truncation: str = _field(
         "error",
-        "a record too long is an error, or loses the end of its input (seq2seq: its middle)",
+        "a record too long is an error, or loses the end of its input",
         TRUNCATIONS,
     )
     steps: int = _field(1000, "optimizer steps")
@@ -134,6 +141,8 @@ class Recipe:
             task, _, times = item.partition("=")
             if not task or not (times.isascii() and times.isdigit()) or int(times) < 1:
                 raise ValueError(f"repeat: got {item!r}, expected TASK=TIMES, times from 1 up")
+            if task in found:
+                raise ValueError(f"repeat: got {task!r} twice, expected each task once")
             found[task] = int(times)
         return found
 
@@ -149,6 +158,10 @@ class Recipe:
             dropout=self.dropout,
             activation=self.activation,
         )
+
+    def with_absolute_paths(self) -> "Recipe":
+        """Return the recipe with its files named from the root, for use from another folder."""
+        return replace(self, **_from(os.getcwd(), {name: getattr(self, name) for name in PATHS}))
 
     def to_toml(self) -> str:
         """Return the recipe as TOML, each field with what it means."""
@@ -175,6 +188,18 @@ def _check_type(name: str, value: object, hint: Any) -> None:
         raise ValueError(f"{name}: got {value!r}, expected {wanted}")
 
 
+def _from(folder: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recipe fields with the files they name, where relative, looked for in `folder`."""
+    changed = dict(values)
+    for name in PATHS:
+        if isinstance(values.get(name), (list, tuple)):
+            changed[name] = tuple(
+                os.path.normpath(os.path.join(folder, path)) if isinstance(path, str) else path
+                for path in values[name]
+            )
+    return changed
+
+
 def merged(base: Recipe, changes: Mapping[str, Any], where: str) -> Recipe:
     """Return `base` with some fields changed.
 
@@ -196,6 +221,7 @@ def merged(base: Recipe, changes: Mapping[str, Any], where: str) -> Recipe:
 def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
     """Return the recipe of a TOML file, the default where it is silent, and the fields it sets.
 
+    Files that it names with a relative path are looked for beside it.
     Raises `ValueError` naming the file for one that cannot be read, is not TOML, or has a field
     that is unknown or out of range.
     """
@@ -204,11 +230,10 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
     else:
         import tomli as tomllib
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
+    content = _from(os.path.dirname(os.path.abspath(path)), content)
     return merged(Recipe(), content, str(path)), content
 
 
@@ -222,7 +247,8 @@ def add_flags(parser: argparse.ArgumentParser, base: Recipe) -> None:
         hint, default = hints[spec.name], getattr(base, spec.name)
         options: dict[str, Any] = {"type": hint}
         if get_origin(hint) is tuple:
-            options = {"type": get_args(hint)[0], "nargs": "*"}
+            # A flag given twice adds to the first.
+            options = {"type": get_args(hint)[0], "nargs": "*", "action": "extend"}
             default = " ".join(default) or "none"
         choices = spec.metadata["choices"]
         group.add_argument(
@@ -239,7 +265,8 @@ def add_flags(parser: argparse.ArgumentParser, base: Recipe) -> None:
 def flags_given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the recipe fields that the command line set."""
     known = {spec.name for spec in fields(Recipe)}
-    return {name: value for name, value in vars(arguments).items() if name in known}
+    given = {name: value for name, value in vars(arguments).items() if name in known}
+    return _from(os.getcwd(), given)
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:

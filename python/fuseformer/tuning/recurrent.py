@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-from fuseformer.tuning.instructions import Record, TextEncoder
+from fuseformer.tuning.instructions import Record
+from fuseformer.tuning.prompts import TextEncoder
 
 
 class RecurrentClassifier(nn.Module):

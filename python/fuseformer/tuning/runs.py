@@ -106,7 +106,11 @@ class Run:
         (self.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         self.manifest.clear_leftovers()
         self.log.unlink(missing_ok=True)
-        text = recipe.to_toml().encode()
+        self.write_recipe(recipe)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write the recipe, its files named so that they are found from any folder."""
+        text = recipe.with_absolute_paths().to_toml().encode()
         write_atomically(self.folder / RECIPE, lambda file: file.write(text))
 
     @property
@@ -156,6 +160,9 @@ class Run:
             partial.mkdir(parents=True)
             save_model(model, partial)
             tokenizer.save(partial / TOKENIZER)
+            # A copy elsewhere says itself what it learned from and is to be judged by.
+            recipe = (self.folder / RECIPE).read_bytes()
+            write_atomically(partial / RECIPE, lambda file: file.write(recipe))
             content = serialized(tensors)
             write_atomically(partial / STATE_TENSORS, lambda file: file.write(content))
             text = json.dumps(numbers).encode()

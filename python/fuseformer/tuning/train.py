@@ -150,6 +150,7 @@ def train(
                 "start a new run"
             )
         sampler.load_state_dict(numbers["sampler"])
+        run.write_recipe(recipe)  # a rate may have been changed
     run.rewind_log(step)
     data, saved = sampler.fingerprint(), step
 
@@ -175,9 +176,10 @@ def train(
                 float(x) for x in _train_step(model, objective, batches, optimizer, recipe)
             )
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                begin = f"go on from {last} with --resume and" if last else "begin anew with"
                 raise NonFiniteLossError(
-                    f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}; the last "
-                    f"good checkpoint is {last or 'none yet'}; a lower learning_rate may help"
+                    f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}; {begin} "
+                    f"a lower rate, such as --learning-rate {recipe.learning_rate / 4:g}"
                 )
             step += 1
             seen = sum(batch.tokens for batch in batches)
