@@ -359,7 +359,7 @@ def test_one_long_answer_does_not_abort_an_evaluation(pretrained, tmp_path, caps
     capsys.readouterr()
     run("evaluate", pretrained, "--records", path, "--json", figures)
     out, err = capsys.readouterr()
-    assert "t rouge_l counts: words" in out
+    assert "t: texts were split by words for rouge_l, token_f1" in out
     assert "t: 1 of 2 lost the end of their input; the model takes 48 tokens" in err
     assert "t: 1 of 3 records left out: " in err
     assert "some.jsonl, line 2: a prompt of" in err
@@ -378,7 +378,9 @@ def test_generation_cuts_as_training_did_and_says_so(pretrained, tmp_path, capsy
     asked = ("--instruction", "Which?", "--input", "fox " * 60)
     run("generate", tmp_path / "cut", *asked)
     assert "of 240 characters were left out" in capsys.readouterr().err
-    assert 'ask for truncation="input"' in refused(capsys, "generate", pretrained, *asked)
+    line = refused(capsys, "generate", pretrained, *asked)
+    assert "instruction: a prompt of" in line
+    assert "shorten it, or take a run tuned with --truncation input" in line
 
 
 def test_a_lower_rate_may_be_taken_on_resume(corpus, tmp_path, capsys, monkeypatch):

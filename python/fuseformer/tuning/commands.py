@@ -142,10 +142,10 @@ def _pretrain(
     checkpoint = None
     if resume:
         run, recipe, checkpoint, model, tokenizer = _reopen(folder, given)
-        texts, _ = corpus_texts(recipe)
+        texts = corpus_texts(recipe)[0]
     else:
         run = _new_run(folder, recipe)
-        texts, _ = corpus_texts(recipe)
+        texts = corpus_texts(recipe)[0]
         tokenizer = Tokenizer.train(texts, recipe.vocab_size)
         model = new_model(recipe, tokenizer)
     objective = make_objective(recipe, tokenizer)
@@ -307,11 +307,13 @@ def _details(result: Evaluation) -> dict[str, Any]:
 
 
 def _tokenisers(result: Evaluation) -> list[str]:
-    return [
-        f"{task} {name} counts: {used}"
-        for task, names in result.tokenisers.items()
-        for name, used in names.items()
-    ]
+    """Return a line for each task that says what its metrics count."""
+    lines = []
+    for task, names in result.tokenisers.items():
+        for used in dict.fromkeys(names.values()):
+            counting = ", ".join(name for name, own in names.items() if own == used)
+            lines.append(f"{task}: texts were split by {used} for {counting}")
+    return lines
 
 
 def _check_positive(name: str, number: int | None) -> None:

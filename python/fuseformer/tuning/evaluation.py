@@ -158,20 +158,19 @@ def _evaluate_task(
     labels = sorted({record.output for record in records}) if task in CLOSED_TASKS else []
     choices = [encode_answer(Record("", "", label, task), tokenizer, template) for label in labels]
     as_trained = encode_records(records, tokenizer, room, "input", template=template)
-    # Every label is judged after the same prompt, which leaves room for the longest of them.
-    longest = max(map(len, choices), default=None)
-    to_choose = encode_records(
-        records, tokenizer, room, "input", template=template, answer_tokens=longest
-    )
-    own, encoded, prompts = [], [], []
-    for record, made, common in zip(records, as_trained, to_choose, strict=True):
-        if made.problem or common.problem:
-            fit.problems.append(made.problem or common.problem)
-            continue
-        own.append(record)
-        encoded.append(made)
-        prompts.append(common.prompt)
-        fit.shortened += made.lost > 0
+    own, encoded = [], []
+    for record, made in zip(records, as_trained, strict=True):
+        if made.problem:
+            fit.problems.append(made.problem)
+        else:
+            own.append(record)
+            encoded.append(made)
+    prompts: list[list[int]] = []
+    if labels:
+        own, encoded, prompts = _before_choices(
+            own, encoded, choices, tokenizer, room, template, fit.problems
+        )
+    fit.shortened = sum(made.lost > 0 for made in encoded)
     fit.judged = len(own)
     if not own:
         return
@@ -224,6 +223,34 @@ def _compare(
         scores["exact_match"] = metrics.exact_match(texts, references)
     used = metrics.word_tokenisers(references)
     return scores, {name: used for name in scores if name != "exact_match"}
+
+
+def _before_choices(
+    records: list[Record],
+    encoded: list[EncodedRecord],
+    choices: Sequence[list[int]],
+    tokenizer: TextCodec,
+    room: Room,
+    template: PromptTemplate,
+    problems: list[str],
+) -> tuple[list[Record], list[EncodedRecord], list[list[int]]]:
+    """Return the records that every choice fits behind, as they are, and the prompts to choose by.
+
+    Every label is judged after the same prompt, which leaves room for the longest of them.
+    """
+    longest = max(map(len, choices))
+    common = encode_records(
+        records, tokenizer, room, "input", template=template, answer_tokens=longest
+    )
+    own, fitting, prompts = [], [], []
+    for record, made, other in zip(records, encoded, common, strict=True):
+        if other.problem:
+            problems.append(other.problem)
+            continue
+        own.append(record)
+        fitting.append(made)
+        prompts.append(other.prompt)
+    return own, fitting, prompts
 
 
 def _choose(

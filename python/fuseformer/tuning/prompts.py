@@ -170,13 +170,15 @@ def _fitted(
         prompt, kept = _shortened(record, tokenizer, template, wanted)
         if room.holds(len(prompt), answer_tokens):
             return replace(whole, prompt=prompt, lost=len(record.input) - kept)
-    where = record.source or (f"record of task {record.task!r}" if record.task else "instruction")
+    alone = not record.task  # an instruction that waits for its answer
+    where = record.source or ("instruction" if alone else f"record of task {record.task!r}")
     sizes = f"a prompt of {len(whole.prompt)} tokens"
     if whole.answer:
         sizes += f" and an answer of {len(whole.answer)}"
     # The last token of an answer is predicted and not read.
     takes = f"{room.max_length} of each" if room.apart else f"{room.max_length + 1} in all"
-    remedy = 'shorten it or ask for truncation="input"'
+    remedy = "shorten it, or "
+    remedy += "take a run tuned with --truncation input" if alone else "pass --truncation input"
     if truncation == "input":
         remedy = "too long even without its input"
     return replace(whole, problem=f"{where}: {sizes}, the model takes {takes}; {remedy}")

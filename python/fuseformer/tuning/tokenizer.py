@@ -20,9 +20,10 @@ PIECE = 65_536
 AT_ONCE = 4 * PIECE
 
 
-#: Characters that a vocabulary is counted from at most, drawn from all texts: what comes often in a
-#: corpus comes often in these, and memory goes with the number of different words.
+#: Characters, and texts, that a vocabulary is counted from at most, drawn from all: what comes
+#: often in a corpus comes often in these, and memory goes with the number of different words.
 COUNTED = 4_000_000
+COUNTED_TEXTS = 100_000
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -64,7 +65,8 @@ class Tokenizer:
     def train(cls, texts: Sequence[str], vocab_size: int = 4096) -> "Tokenizer":
         """Train a vocabulary of at most `vocab_size` tokens, of which 5 are special and 256 bytes.
 
-        Of texts of more than `COUNTED` characters together, a share is drawn, always the same.
+        Of more than `COUNTED` characters or `COUNTED_TEXTS` texts, a share is drawn, always the
+        same.
         Raises `ValueError` for a smaller `vocab_size`, and where there is no text.
         """
         smallest = BYTES + len(SPECIAL_TOKENS)
@@ -81,7 +83,7 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        share = COUNTED / max(1, sum(map(len, texts)))
+        share = min(COUNTED / max(1, sum(map(len, texts))), COUNTED_TEXTS / len(texts))
         draw = random.Random(0)
         core.train_from_iterator(
             (
