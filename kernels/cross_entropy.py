@@ -7,6 +7,7 @@ Source: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2
 Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -186,23 +187,31 @@ def _capturing(target: Tensor) -> bool:
 
 
 class _Rows:
-    """The rows that count, a chunk at a time; all rows while a CUDA graph is captured.
+    """The rows that count, a chunk at a time; with a `bound`, that many rows and no wait for them.
 
-    Their number decides shapes, and a capture cannot wait for it: the kernel then skips the others.
+    Their number decides shapes. Without a bound it is waited for, but for a CUDA graph's capture,
+    which takes all rows. The kernel skips those that are taken and do not count. `count` is their
+    number, NaN where more of them count than the bound says: that is wrong, and must be seen.
     """
 
-    def __init__(self, target: Tensor, ignore_index: int) -> None:
+    def __init__(self, target: Tensor, ignore_index: int, bound: int | None) -> None:
         self.target = target
         self.index: Tensor | None = None
         supervised = target != ignore_index
-        if _capturing(target):
-            self.count: Tensor | int = supervised.sum()
-            self.size = target.shape[0]
+        total = target.shape[0]
+        if bound is None and not _capturing(target):
+            index = supervised.nonzero().flatten()
+            self.count: Tensor | int = index.shape[0]
+            self.size = index.shape[0]
+            if self.size < total:
+                self.index = index
             return
-        index = supervised.nonzero().flatten()
-        self.count = self.size = index.shape[0]
-        if self.size < target.shape[0]:
-            self.index = index
+        self.size = total if bound is None else min(bound, total)
+        count = supervised.sum()
+        self.count = torch.where(count > self.size, float("nan"), count.float())
+        if self.size < total:
+            # Those that count come first, and in their order.
+            self.index = (~supervised).byte().argsort(stable=True)[: self.size]
 
     def chunks(self, vocab: int, itemsize: int) -> Iterator[slice]:
         step = max(1, _LOGITS_BYTES // max(1, vocab * itemsize))
@@ -219,22 +228,58 @@ class _Rows:
             tensor.index_copy_(0, self.index[chunk], values)
 
 
-class _Gradients:
-    """Sums over chunks of the gradients of hidden, weight and bias."""
+def _gradient_scale(dtype: torch.dtype, z_loss: float) -> float:
+    """Return the power of 2 that gradients of logits are stored times, in `dtype`.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-        self.dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    float16 has neither the range nor the small numbers for a loss scale that is yet to come. A
+    gradient is at most 1 in size, with a z-loss ``1 + 2 * z_loss * lse``, of logits in float16.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    return 2.0 ** math.floor(15 - math.log2(1 + 2 * z_loss * 65600))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:
+    """Add ``alpha * a @ b`` to the float32 `total`, whose content does not matter if `first`."""
+    beta = 0 if first else 1
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta, alpha=alpha)
+    elif a.is_cuda:
+        options = {"out_dtype": total.dtype, "beta": beta, "alpha": alpha}
+        torch.addmm(total, a, b, **options, out=total)  # type: ignore[call-overload]
+    else:  # PyTorch has no such product on the CPU, where kernels run in tests
+        total.addmm_(a.float(), b.float(), beta=beta, alpha=alpha)
+
+
+class _Gradients:
+    """Sums over chunks of the gradients of hidden, weight and bias, in float32.
+
+    Gradients of logits come times `scale`. That of hidden has no sum over chunks, and is float32
+    only where the dtype of `hidden` lacks the range for a factor that is yet to come.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+        self.weight, self.bias, self.scale = weight, bias, scale
+        self.wide = hidden.dtype == torch.float16
+        dtype = torch.float32 if self.wide else hidden.dtype
+        self.dhidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None
 
     def add(self, rows: _Rows, chunk: slice, hidden: Tensor, gradient: Tensor) -> None:
-        rows.put(self.dhidden, chunk, gradient @ self.weight)
-        dweight = gradient.t() @ hidden
-        # A single chunk needs no wider sum; further ones add up in float32.
-        self.dweight = dweight if self.dweight is None else self.dweight.float().add_(dweight)
+        if self.wide:
+            part = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+            _add_product(part, gradient, self.weight, 1 / self.scale, True)
+        else:
+            part = gradient @ self.weight
+        rows.put(self.dhidden, chunk, part)
+        first = self.dweight is None
+        if self.dweight is None:
+            shape = self.weight.shape
+            self.dweight = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+        _add_product(self.dweight, gradient.t(), hidden, 1 / self.scale, first)
         if self.bias is not None:
-            dbias = gradient.sum(0, dtype=torch.float32)
+            dbias = gradient.sum(0, dtype=torch.float32).mul_(1 / self.scale)
             self.dbias = dbias if self.dbias is None else self.dbias.add_(dbias)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -256,23 +301,28 @@ def linear_cross_entropy_forward(
     z_loss: float,
     reduction: str,
     compute_grads: bool,
+    max_supervised: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the loss, the lse (T,), and with `compute_grads` the gradients of the reduced loss.
 
     `hidden` is (T, width), `weight` (vocab, width), `bias` (vocab,) or None, `target` (T,) int64.
     Loss and lse are float32, 0 for ignored rows; a class out of range gives NaN. Gradients of
-    weight and bias that were summed in float32 stay so: the upstream factor is yet to come.
+    weight and bias, and in float16 that of hidden, are float32: the upstream factor is yet to come.
+    Waits for the device unless it is told `max_supervised`; if more rows count, all is NaN.
     """
-    rows = _Rows(target, ignore_index)
+    rows = _Rows(target, ignore_index, max_supervised)
     options = (ignore_index, label_smoothing, softcap, z_loss)
     losses = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
     lses = torch.zeros_like(losses)
-    gradients = _Gradients(hidden, weight, bias) if compute_grads else None
+    scale = _gradient_scale(hidden.dtype, z_loss)
+    gradients = _Gradients(hidden, weight, bias, scale) if compute_grads else None
     upstream = None
     if compute_grads:
-        upstream = torch.ones((), dtype=torch.float32, device=target.device)
+        upstream = torch.full((), scale, dtype=torch.float32, device=target.device)
         if reduction == "mean":
             upstream = upstream / rows.count
+        elif isinstance(rows.count, Tensor):
+            upstream = torch.where(rows.count.isnan(), rows.count, upstream)
     for chunk in rows.chunks(weight.shape[0], hidden.element_size()):
         part = rows.take(hidden, chunk)
         logits = F.linear(part, weight, bias)
@@ -287,6 +337,8 @@ def linear_cross_entropy_forward(
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         loss = loss / rows.count
+    elif isinstance(rows.count, Tensor):
+        loss = torch.where(rows.count.isnan(), rows.count, loss)
     return (loss, lses, *((None, None, None) if gradients is None else gradients.results()))
 
 
@@ -302,17 +354,29 @@ def linear_cross_entropy_backward(
     softcap: float,
     z_loss: float,
     reduction: str,
+    max_supervised: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of hidden, weight and bias, with the logits computed a second time.
 
-    `dloss` is a scalar, or (T,) for the reduction "none"; `lse` (T,) comes from forward.
+    `dloss` is a scalar, or (T,) for the reduction "none"; `lse` (T,) comes from forward. Waits for
+    the device as forward does.
     """
-    rows = _Rows(target, ignore_index)
+    rows = _Rows(target, ignore_index, max_supervised)
     options = (ignore_index, label_smoothing, softcap, z_loss)
-    gradients = _Gradients(hidden, weight, bias)
+    scale = _gradient_scale(hidden.dtype, z_loss)
+    gradients = _Gradients(hidden, weight, bias, scale)
     dloss = dloss.float()
     if reduction == "mean":
         dloss = dloss / rows.count
+    elif isinstance(rows.count, Tensor):
+        dloss = torch.where(rows.count.isnan(), rows.count, dloss)
+    size = None
+    if hidden.dtype == torch.float16 and target.numel():
+        # Gradients of logits times a loss scale would overflow: it is taken out, and put back last.
+        counts = dloss if dloss.dim() == 0 else dloss.where(target != ignore_index, 0.0)
+        size = counts.abs().amax()
+        size = torch.where(size.isfinite() & (size > 0), size, 1.0)
+        dloss = dloss / size * scale
     for chunk in rows.chunks(weight.shape[0], hidden.element_size()):
         part = rows.take(hidden, chunk)
         logits = F.linear(part, weight, bias)
@@ -321,9 +385,12 @@ def linear_cross_entropy_backward(
         lses = rows.take(lse, chunk)
         _launch_rows(logits, classes, lses, None, upstream, *options)
         gradients.add(rows, chunk, part, logits)
-    dhidden, dweight, dbias = gradients.results()
+    results = gradients.results()
+    if size is not None:
+        results = tuple(g if g is None else g.mul_(size) for g in results)
+    dhidden, dweight, dbias = results
     dbias = None if dbias is None else dbias.to(weight.dtype)
-    return dhidden, dweight.to(weight.dtype), dbias
+    return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias
 
 
 # ------------------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ OPCHECKS = {
     ),
     "linear_cross_entropy": lambda: (
         leaf(5, 8), leaf(7, 8), leaf(7), torch.tensor([1, 6, -100, 0, 2]), -100, 0.1, 0.0, 0.1,
-        "mean", True,
+        "mean", True, None,
     ),
 }  # fmt: skip
 

@@ -56,3 +56,26 @@ def test_bad_input_names_the_argument():
         pack(torch.zeros(4, 3), packing)
     with pytest.raises(ValueError, match="tokens: got 4 rows, expected 5"):
         unpack(torch.zeros(4, 2), packing)
+
+
+def test_a_caller_who_knows_the_sizes_gets_the_same_packing():
+    expected = plan_packing(MASK)
+    total = len(expected.indices)
+    for longest in (expected.max_seqlen, MASK.shape[1]):
+        packing = plan_packing(MASK, tokens=total, max_seqlen=longest)
+        assert torch.equal(packing.indices, expected.indices)
+        assert torch.equal(packing.cu_seqlens, expected.cu_seqlens)
+        assert packing[2:] == (longest, *MASK.shape)
+    with pytest.raises(ValueError, match="tokens: got"):
+        plan_packing(MASK, tokens=total - 1)
+    with pytest.raises(ValueError, match="max_seqlen: got"):
+        plan_packing(MASK, max_seqlen=expected.max_seqlen - 1)
+
+
+def test_known_sizes_wait_for_nothing():
+    """A meta tensor has no values: whatever asks for one fails."""
+    mask = MASK.to("meta")
+    packing = plan_packing(mask, tokens=5, max_seqlen=4)
+    assert packing.indices.shape == (5,)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        plan_packing(mask)

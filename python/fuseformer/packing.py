@@ -24,11 +24,16 @@ class Packing(NamedTuple):
         return self.indices % max(1, self.length)
 
 
-def plan_packing(key_padding_mask: Tensor) -> Packing:
+def plan_packing(
+    key_padding_mask: Tensor, *, tokens: int | None = None, max_seqlen: int | None = None
+) -> Packing:
     """Return the packing of a batch whose padding `key_padding_mask` (B, S) bool marks as True.
 
-    Padding may lie anywhere; a sequence of nothing else keeps its place with length 0. Raises
-    `TypeError` or `ValueError` for a mask of another dtype or shape.
+    Padding may lie anywhere; a sequence of nothing else keeps its place with length 0. `tokens`,
+    how many are no padding, and the longest sequence decide shapes and grids, so that on a GPU each
+    waits for the device where it is not given; given both, nothing waits. `max_seqlen` may be an
+    upper bound. Raises `TypeError` or `ValueError` for a mask of another dtype or shape, on the CPU
+    also for numbers that are not those of the mask; on a GPU those fail an assertion there.
     """
     if key_padding_mask.dtype != torch.bool:
         raise TypeError(
@@ -41,9 +46,25 @@ def plan_packing(key_padding_mask: Tensor) -> Packing:
     real = ~key_padding_mask
     lengths = real.sum(1, dtype=torch.int32)  # (B,)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = int(lengths.max()) if len(lengths) else 0
     batch, length = key_padding_mask.shape
-    return Packing(real.flatten().nonzero().flatten(), cu_seqlens, longest, batch, length)
+    if max_seqlen is None:
+        max_seqlen = int(lengths.max()) if len(lengths) else 0
+    else:
+        _require("max_seqlen", max_seqlen, (lengths <= max_seqlen).all())
+    if tokens is None:
+        indices = real.flatten().nonzero().flatten()
+    else:
+        _require("tokens", tokens, cu_seqlens[-1] == tokens)
+        indices = key_padding_mask.flatten().byte().argsort(stable=True)[:tokens]
+    return Packing(indices, cu_seqlens, max_seqlen, batch, length)
+
+
+def _require(name: str, value: int, holds: Tensor) -> None:
+    """Raise `ValueError` unless `holds`; on a device let an assertion fail there, and go on."""
+    if holds.device.type != "cpu":
+        torch._assert_async(holds, f"{name}: {value} is not what the mask holds")
+    elif not holds:
+        raise ValueError(f"{name}: got {value}, which is not what key_padding_mask holds")
 
 
 def pack(padded: Tensor, packing: Packing) -> Tensor:

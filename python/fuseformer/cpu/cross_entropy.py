@@ -8,10 +8,18 @@ from ..reference import widened
 # Logits of a chunk: 16 MiB of float32. Larger chunks gain no speed in the matmuls.
 _LOGITS_PER_CHUNK = 1 << 22
 
+# Classes whose float16 weights are widened at once, a few MiB at the widths of language models.
+_CLASSES_PER_BLOCK = 1 << 10
 
-def _supervised(target: Tensor, ignore_index: int, classes: int) -> Tensor:
-    """Return the indices (N,) of the rows that count; raise `ValueError` for a foreign class."""
+
+def _supervised(target: Tensor, ignore_index: int, classes: int, bound: int | None) -> Tensor:
+    """Return the indices (N,) of the rows that count.
+
+    Raises `ValueError` for a foreign class, and for more rows than the `bound` promises.
+    """
     rows = (target != ignore_index).nonzero().flatten()
+    if bound is not None and len(rows) > bound:
+        raise ValueError(f"max_supervised: got {bound}, expected at least {len(rows)}")
     chosen = target[rows]
     if len(rows) and (int(chosen.min()) < 0 or int(chosen.max()) >= classes):
         raise ValueError(
@@ -58,7 +66,9 @@ def _logit_gradients(
     z_loss: float,
 ) -> Tensor:
     """Turn `logits` in place into the gradient of ``sum(factors * loss)``; `factors` is (N, 1)."""
-    gradient = logits.sub_(lse[:, None]).exp_()
+    # Not exp(logits - lse): the rounding of lse would be an error of the whole row, and add up.
+    gradient = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+    gradient.div_(gradient.sum(-1, keepdim=True))
     if z_loss:
         gradient.mul_((1 + 2 * z_loss * lse)[:, None])
     if label_smoothing:
@@ -69,21 +79,36 @@ def _logit_gradients(
 
 
 class _Gradients:
-    """Sums of the gradients of hidden, weight and bias over chunks."""
+    """Sums of the gradients of hidden, weight and bias over chunks.
+
+    float16 has neither the range nor the small numbers for a loss scale that is yet to come: its
+    products are float32, a block of classes at a time, as is the gradient of hidden.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.hidden, self.weight = hidden, weight
-        self.dhidden = torch.zeros_like(hidden)
-        self.dweight = torch.zeros(weight.shape, dtype=widened(weight[:0]).dtype)
-        self.dbias = None if bias is None else torch.zeros(bias.shape, dtype=self.dweight.dtype)
+        sums = widened(weight[:0]).dtype
+        self.wide = hidden.dtype == torch.float16
+        self.dhidden = torch.zeros(hidden.shape, dtype=sums if self.wide else hidden.dtype)
+        self.dweight = torch.zeros(weight.shape, dtype=sums)
+        self.dbias = None if bias is None else torch.zeros(bias.shape, dtype=sums)
 
     def add(self, rows: Tensor, gradient: Tensor) -> None:
-        narrow = gradient.to(self.hidden.dtype)
-        self.dhidden[rows] = narrow @ self.weight
-        if self.dweight.dtype == narrow.dtype:
-            self.dweight.addmm_(narrow.T, self.hidden[rows])
+        part = self.hidden[rows]
+        if self.wide:
+            part, total = widened(part), widened(part.new_zeros(part.shape))
+            for start in range(0, self.weight.shape[0], _CLASSES_PER_BLOCK):
+                block = slice(start, start + _CLASSES_PER_BLOCK)
+                total.addmm_(gradient[:, block], widened(self.weight[block]))
+                self.dweight[block].addmm_(gradient[:, block].T, part)
+            self.dhidden[rows] = total
         else:
-            self.dweight += narrow.T @ self.hidden[rows]
+            narrow = gradient.to(self.hidden.dtype)
+            self.dhidden[rows] = narrow @ self.weight
+            if self.dweight.dtype == narrow.dtype:
+                self.dweight.addmm_(narrow.T, part)
+            else:
+                self.dweight += narrow.T @ part
         if self.dbias is not None:
             self.dbias += gradient.sum(0)
 
@@ -102,13 +127,14 @@ def linear_cross_entropy_forward(
     z_loss: float,
     reduction: str,
     compute_grads: bool,
+    max_supervised: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the loss, the lse (T,), and with `compute_grads` the gradients of the reduced loss.
 
-    Those of weight and bias stay in the dtype that sums are taken in: the upstream factor is yet to
-    come, and they are rounded once, after it.
+    Those of weight and bias, and in float16 that of hidden, stay in the dtype that sums are taken
+    in: the upstream factor is yet to come, and they are rounded once, after it.
     """
-    rows = _supervised(target, ignore_index, weight.shape[0])
+    rows = _supervised(target, ignore_index, weight.shape[0], max_supervised)
     dtype = widened(hidden[:0]).dtype
     losses, lses = torch.zeros(target.shape, dtype=dtype), torch.zeros(target.shape, dtype=dtype)
     gradients = _Gradients(hidden, weight, bias) if compute_grads else None
@@ -143,9 +169,10 @@ def linear_cross_entropy_backward(
     softcap: float,
     z_loss: float,
     reduction: str,
+    max_supervised: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of hidden, weight and bias, with the logits computed a second time."""
-    rows = _supervised(target, ignore_index, weight.shape[0])
+    rows = _supervised(target, ignore_index, weight.shape[0], max_supervised)
     gradients = _Gradients(hidden, weight, bias)
     if reduction == "mean":
         dloss = dloss / max(1, len(rows))
@@ -156,7 +183,7 @@ def linear_cross_entropy_backward(
         gradients.add(chunk, _logit_gradients(logits, slope, *parts, label_smoothing, z_loss))
     dhidden, dweight, dbias = gradients.results()
     return (
-        dhidden,
+        dhidden.to(hidden.dtype),
         dweight.to(weight.dtype),
         None if dbias is None or bias is None else dbias.to(bias.dtype),
     )

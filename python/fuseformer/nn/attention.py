@@ -18,7 +18,8 @@ def is_standard_causal(mask: Tensor) -> bool:
     """Return whether `mask`, bool or additive, is the square causal mask.
 
     Looking at the mask waits for the device, so it is not done while compiling or capturing a
-    graph, where the mask is then served as it is. A mask that learns is never the causal mask.
+    graph, where the mask is then served as it is. Callers who know say so by `is_causal` instead,
+    and nothing waits. A mask that learns is never the causal mask.
     """
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.requires_grad:
         return False

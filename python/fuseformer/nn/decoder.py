@@ -146,7 +146,8 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
     ) -> Tensor:
         """Return the output of the last layer, shaped like `tgt`; arguments as in `torch.nn`.
 
-        Without `tgt_is_causal`, the standard causal mask is recognised and handed to the kernel.
+        Without `tgt_is_causal`, the standard causal mask is recognised and handed to the kernel. To
+        look at a mask waits for the device; with `tgt_is_causal` True or False nothing does.
         """
         if tgt_mask is not None and tgt_is_causal is None:
             tgt_is_causal = is_standard_causal(tgt_mask)

@@ -132,7 +132,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     ) -> Tensor:
         """Return the output of the last layer, shaped like `src`; arguments as in `torch.nn`.
 
-        Without `is_causal`, the standard causal mask is recognised and handed to the kernel.
+        Without `is_causal`, the standard causal mask is recognised and handed to the kernel. To
+        look at a mask waits for the device; with `is_causal` True or False nothing does.
         """
         if mask is not None and is_causal is None:
             is_causal = is_standard_causal(mask)

@@ -36,8 +36,13 @@ class LinearCrossEntropy(torch.nn.Linear):
         self.z_loss = z_loss
         self.reduction = reduction
 
-    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        """Return the loss of `hidden` (..., in_features) against the classes `target` (...)."""
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, target: Tensor, max_supervised: int | None = None
+    ) -> Tensor:
+        """Return the loss of `hidden` (..., in_features) against the classes `target` (...).
+
+        Where `max_supervised` bounds the number of rows that count, nothing waits for the device.
+        """
         return linear_cross_entropy(
             hidden,
             self.weight,
@@ -48,4 +53,5 @@ class LinearCrossEntropy(torch.nn.Linear):
             softcap=self.softcap,
             z_loss=self.z_loss,
             reduction=self.reduction,
+            max_supervised=max_supervised,
         )

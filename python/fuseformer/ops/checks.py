@@ -80,6 +80,15 @@ def not_negative(name: str, value: Any) -> float:
     return number
 
 
+def count(name: str, value: Any) -> int:
+    """Return `value` after requiring an integer from 0 up."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer")
+    if value < 0:
+        raise ValueError(f"{name}: got {value}, expected an integer from 0 up")
+    return value  # type: ignore[return-value]
+
+
 def boolean(name: str, value: Any) -> None:
     """Require True or False."""
     if not isinstance(value, bool):

@@ -32,6 +32,7 @@ def _linear_cross_entropy(
     z_loss: float,
     reduction: str,
     compute_grads: bool,
+    max_supervised: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     record(request_for("linear_cross_entropy", hidden, weight), backend)
@@ -46,6 +47,7 @@ def _linear_cross_entropy(
         z_loss,
         reduction,
         compute_grads,
+        max_supervised,
     )
     dhidden, dweight, dbias = (present(g, hidden).contiguous() for g in gradients)
     return loss, lse, dhidden, dweight.to(lse.dtype), dbias.to(lse.dtype)
@@ -63,11 +65,14 @@ def _(
     z_loss: float,
     reduction: str,
     compute_grads: bool,
+    max_supervised: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lse = hidden.new_empty(target.shape, dtype=lse_dtype(hidden))
     loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
-    dhidden = hidden.new_empty(hidden.shape if compute_grads else (0,))
+    # float16 cannot hold what a loss scale is yet to multiply.
+    wide = compute_grads and hidden.dtype == torch.float16
+    dhidden = (lse if wide else hidden).new_empty(hidden.shape if compute_grads else (0,))
     dweight = lse.new_empty(weight.shape if compute_grads else (0,))
     dbias = lse.new_empty(bias.shape if compute_grads and bias is not None else (0,))
     return loss, lse, dhidden, dweight, dbias
@@ -86,9 +91,10 @@ def _linear_cross_entropy_backward(
     softcap: float,
     z_loss: float,
     reduction: str,
+    max_supervised: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = (ignore_index, label_smoothing, softcap, z_loss, reduction)
+    options = (ignore_index, label_smoothing, softcap, z_loss, reduction, max_supervised)
     dhidden, dweight, dbias = _kernels(backend).linear_cross_entropy_backward(
         dloss, hidden, weight, bias, target, lse, *options
     )
@@ -104,7 +110,8 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, *options, ctx.compute_grads, ctx.backend = inputs
+    hidden, weight, bias, target, *options, ctx.compute_grads, bound, ctx.backend = inputs
+    options.append(bound)
     ctx.options, ctx.has_bias, ctx.dtype = options, bias is not None, hidden.dtype
     if ctx.compute_grads:
         ctx.save_for_backward(*output[2:])
@@ -121,12 +128,14 @@ def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
         )
     if ctx.compute_grads:
         # The gradients of the reduced loss were formed beside it, while each chunk's logits lived.
-        dhidden, dweight, dbias = ((g * dloss.to(g.dtype)).to(ctx.dtype) for g in ctx.saved_tensors)
+        # One dimension, so that a scalar's dtype counts: the product is rounded once.
+        factor = dloss.reshape(1)
+        dhidden, dweight, dbias = ((g * factor).to(ctx.dtype) for g in ctx.saved_tensors)
     else:
         dhidden, dweight, dbias = _linear_cross_entropy_backward(
             dloss, *ctx.saved_tensors, *ctx.options, ctx.backend
         )
-    return (dhidden, dweight, dbias if ctx.has_bias else None, *(None,) * 8)
+    return (dhidden, dweight, dbias if ctx.has_bias else None, *(None,) * 9)
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_save)
@@ -144,6 +153,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    max_supervised: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Return the cross entropy of ``hidden @ weight.T + bias`` against `target`.
@@ -153,9 +163,18 @@ def linear_cross_entropy(
     time. A `softcap` c replaces logits x by ``c * tanh(x / c)``; `z_loss` adds ``z_loss * lse**2``
     to the loss of each row that counts, lse being the log of the sum of its exponentials.
 
+    How many rows count decides shapes, so that on a GPU a call, and the backward pass of the
+    reduction "none", waits for the device. It does not where `max_supervised` says that no more
+    rows than that count: that many are computed. If more do, loss and gradients are NaN. While a
+    CUDA graph is captured it does not wait either, and computes all rows.
+
+    Gradients are right under any loss scale; in float16 they are infinite only where they exceed
+    its range (the reference backend rounds gradients of logits to float16, as PyTorch does).
+
     Returns a float32 scalar for the reductions "mean" (over the rows that count; NaN where none
     does) and "sum", or the loss of each row (...), 0 where ignored, for "none". Raises
-    `ValueError` or `TypeError` that names the argument, on the CPU also for a class out of range.
+    `ValueError` or `TypeError` that names the argument, on the CPU also for a class out of range
+    and for more rows than `max_supervised`.
 
     Source: `torch.nn.functional.cross_entropy` for the loss; Chowdhery et al., "PaLM", 2022,
     section 5, for the z-loss; Hsu et al., "Liger Kernel", 2024, for forming the gradients beside
@@ -176,6 +195,7 @@ def linear_cross_entropy(
     smoothing = checks.probability("label_smoothing", label_smoothing)
     cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
     penalty = checks.not_negative("z_loss", z_loss)
+    bound = None if max_supervised is None else checks.count("max_supervised", max_supervised)
     dtype = autocast_dtype(hidden)
     request = request_for(
         "linear_cross_entropy",
@@ -200,6 +220,9 @@ def linear_cross_entropy(
             z_loss=penalty,
             reduction=reduction,
         )
+        if bound is not None:
+            excess = (classes != ignore_index).sum() > bound
+            loss = loss * torch.where(excess, float("nan"), 1.0)
     else:
         parameters = [t for t in (hidden, weight, bias) if t is not None]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in parameters)
@@ -214,6 +237,7 @@ def linear_cross_entropy(
             penalty,
             reduction,
             learns and reduction != "none",
+            bound,
             name,
         )
     return loss.view(target.shape) if reduction == "none" else loss
