@@ -5,6 +5,7 @@ Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Wor
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -27,7 +28,9 @@ from .attention_tiles import (
     RUNTIME_SIZES,
     aligned,
     head_base,
+    load_rows,
     load_tile,
+    place_keys,
     sequence_bounds,
     store_tile,
     tile_offsets,
@@ -37,6 +40,7 @@ from .common import KernelSpec, dropout_keep, recorded_launches
 __all__ = [
     "attention_backward",
     "attention_forward",
+    "cached_attention_forward",
     "kernel_specs",
     "varlen_attention_backward",
     "varlen_attention_forward",
@@ -51,9 +55,9 @@ __all__ = [
 def _attend(
     acc, row_sum, row_max, q, row,
     k_base, stride_ks, v_base, stride_vs, scoring, begin, head_end, tail, end,
-    seed, batch, head, threshold,
+    seed, batch, head, threshold, table_ptr, pages, stride_kb, stride_vb,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold key blocks into the running softmax of a query block.
 
@@ -67,7 +71,15 @@ def _attend(
     first, last, gap = walk(begin, head_end, tail, end, MASKED, HAS_HEAD)
     for place in range(first, last, BLOCK_N):
         start = walked(place, head_end, gap, MASKED, HAS_HEAD)
-        k = load_tile(k_base, k_offsets, start, stride_ks, scoring.key_end, HEAD_DIM, MASKED)
+        if table_ptr is None:
+            k = load_tile(k_base, k_offsets, start, stride_ks, scoring.key_end, HEAD_DIM, MASKED)
+        else:
+            real = start + tl.arange(0, BLOCK_N) < scoring.key_end if MASKED else None  # (BLOCK_N,)
+            entry, slots = place_keys(
+                table_ptr, batch, scoring.seqlen_k // PAGE_SIZE, 1, pages, start, scoring.key_end,
+                PAGE_SIZE, BLOCK_N,
+            )  # fmt: skip
+            k = load_rows(k_base, entry, slots, stride_kb, stride_ks, real, HEAD_DIM, q.shape[1])
         products = first_products(row, start, scoring, 1, MASKED, BLOCK_M, BLOCK_N)
         products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
         logits, factor, _ = finished_logits(
@@ -85,7 +97,10 @@ def _attend(
         if DROPOUT:
             keep = dropout_keep(seed, batch, head, row, start, threshold, BLOCK_M, BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
-        v = load_tile(v_base, v_offsets, start, stride_vs, scoring.key_end, HEAD_DIM, MASKED)
+        if table_ptr is None:
+            v = load_tile(v_base, v_offsets, start, stride_vs, scoring.key_end, HEAD_DIM, MASKED)
+        else:
+            v = load_rows(v_base, entry, slots, stride_vb, stride_vs, real, HEAD_DIM, q.shape[1])
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         row_max = new_max
     return acc, row_sum, row_max
@@ -111,11 +126,13 @@ def attention_forward_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     BIAS_ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+    table_ptr=None, pages=None, PAGE_SIZE: tl.constexpr = None,
 ):  # fmt: skip
     """Compute one query block of one head: its output rows and their lse.
 
     Grid: (query blocks * heads * batch,), query blocks fastest, so that neighbours read the same
-    keys and values from L2; under a causal mask the longest rows start first.
+    keys and values from L2; under a causal mask the longest rows start first. With a table, keys
+    and values lie in pages of PAGE_SIZE: `table_ptr` (batch, seqlen_k // PAGE_SIZE) tells which.
     """
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
     pid = tl.program_id(0)
@@ -134,8 +151,9 @@ def attention_forward_kernel(
     stride_vs, stride_os = aligned(stride_vs, ALIGN), aligned(stride_os, ALIGN)
     kv_head = head // GROUP
     q_base = head_base(q_ptr, batch, head, start_q, stride_qb, stride_qh, stride_qs, ALIGN)
-    k_base = head_base(k_ptr, batch, kv_head, start_k, stride_kb, stride_kh, stride_ks, ALIGN)
-    v_base = head_base(v_ptr, batch, kv_head, start_k, stride_vb, stride_vh, stride_vs, ALIGN)
+    entry = batch if table_ptr is None else batch * 0
+    k_base = head_base(k_ptr, entry, kv_head, start_k, stride_kb, stride_kh, stride_ks, ALIGN)
+    v_base = head_base(v_ptr, entry, kv_head, start_k, stride_vb, stride_vh, stride_vs, ALIGN)
     q_offsets = tile_offsets(stride_qs, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     q = load_tile(q_base, q_offsets, row, stride_qs, seqlen_q, HEAD_DIM, True)
     scoring = scoring_of(
@@ -158,7 +176,9 @@ def attention_forward_kernel(
             k_base, stride_ks, v_base, stride_vs, scoring,
             begin if MASKED else full, head_end, full_end, end if MASKED else full_end,
             seed, batch, head, threshold,
-            HEAD_DIM, EDGE_N if MASKED else BLOCK_N, MASKED, seed_ptr is not None, PRECISION,
+            table_ptr, pages, aligned(stride_kb, ALIGN), aligned(stride_vb, ALIGN),
+            HEAD_DIM, EDGE_N if MASKED else BLOCK_N, MASKED, seed_ptr is not None, PAGE_SIZE,
+            PRECISION,
         )  # fmt: skip
 
     if sinks_ptr is not None:
@@ -188,9 +208,16 @@ def attention_forward_kernel(
 
 
 def _launch_forward(
-    layout: Layout, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options
+    layout: Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    **changed: object,
 ) -> None:
-    """Write `out` and `lse`."""
+    """Write `out` and `lse`; `changed` are arguments of the kernel that a cache has otherwise."""
     sinks = options.sinks
     arguments = {
         "q_ptr": q,
@@ -201,6 +228,7 @@ def _launch_forward(
         "sinks_ptr": None if sinks is None else sinks.float(),
         **layout.arguments(lse, options),
         **layout.strides(q=q, k=k, v=v, o=out),
+        **changed,
     }
     layout.launch_pass("forward", attention_forward_kernel, options, arguments)
 
@@ -237,6 +265,52 @@ def attention_forward(
     masks = (bias, key_padding_mask, key_lengths, alibi_slopes, sinks)
     options = Options(seed, causal, window_left, window_right, softcap, scale, dropout_p, *masks)
     _launch_forward(layout, q, k, v, out, lse, options)
+    return laid_out_like(out, given, used), lse
+
+
+def cached_attention_forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the output, like `q` (B, H, Sq, D), and lse (B, H, Sq) of many new tokens.
+
+    Arguments are those of `kernels.decode.decode_attention`: the diagonal ends at the last of each
+    `cache_lengths`, and 0 to the right of the window is causal. Pages are read where they lie.
+    """
+    page_size = capacity = k_cache.shape[2]
+    pages: dict[str, object] = {}
+    if block_table is not None:
+        capacity *= block_table.shape[1] if k_cache.shape[0] else 0
+        pages = {
+            "table_ptr": block_table.contiguous(),
+            "pages": k_cache.shape[0],
+            "PAGE_SIZE": page_size,
+        }
+    if cache_lengths.dtype != torch.int32:
+        cache_lengths = cache_lengths.clamp(0, capacity).int()
+    layout = replace(Layout.dense(q, k_cache), seqlen_k=capacity)
+    given = q
+    q = near(q, 2)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    used = q
+    q, scale = positive_scale(q, scale)
+    options = Options(
+        None, "none", window_left, window_right, softcap, scale, 0.0,
+        key_lengths=cache_lengths.contiguous(),
+        alibi_slopes=None if alibi_slopes is None else alibi_slopes.contiguous(),
+        sinks=None if sinks is None else sinks.contiguous(),
+    )  # fmt: skip
+    _launch_forward(layout, q, k_cache, v_cache, out, lse, options, BOTTOM_RIGHT=True, **pages)
     return laid_out_like(out, given, used), lse
 
 

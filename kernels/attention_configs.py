@@ -381,6 +381,17 @@ def attention_tiles(
     raise KeyError(f"no config of the {which} pass for head dim {block_d} on {family}")
 
 
+def paged_tiles(tiles: Tiles) -> Tiles:
+    """Return the config of the forward pass over pages, from that over rows in order.
+
+    Where each row lies takes registers. The compiler spreads the stages over the loads of pages'
+    numbers and those of their keys.
+    """
+    return tiles._replace(
+        block_n=min(tiles.block_n, 64), edge=min(tiles.edge, 32), stages=2 * tiles.stages - 1
+    )
+
+
 def candidates(which: Pass, block_d: int, dtype: torch.dtype) -> list[Tiles]:
     """Return what a search of a pass tries: the tiles of every family and demand."""
     half, half_exceptions, single, single_exceptions = _CONFIGS[which]

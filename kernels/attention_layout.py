@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention_configs import Demand, Pass, Tiles, attention_tiles, candidates
+from .attention_configs import Demand, Pass, Tiles, attention_tiles, candidates, paged_tiles
 from .autotune import tuned
 from .common import device_family, dot_precision, launch
 
@@ -116,11 +116,14 @@ class Layout:
     ) -> Tiles:
         """Return the config of a pass for this call; `arguments` are the launch's but for it."""
         demand = self.demand(options)
+        tiles = attention_tiles(which, self.family, self.block_d, self.dtype, demand)
+        if "table_ptr" in arguments:
+            tiles = paged_tiles(tiles)
         return tuned(
             kernel,
             arguments,
             (self.batch * self.heads, self.seqlen_q, self.seqlen_k),
-            attention_tiles(which, self.family, self.block_d, self.dtype, demand),
+            tiles,
             lambda: candidates(which, self.block_d, self.dtype),
             run,
         )

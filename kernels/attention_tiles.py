@@ -11,7 +11,7 @@ import triton.language as tl
 #: of batch entries and heads change with the lengths, and so does that of a bias's rows; kernels
 #: know their alignment by `aligned`.
 RUNTIME_SIZES = (
-    *("heads", "seqlen_q", "seqlen_k", "window_left", "window_right", "threshold"),
+    *("heads", "seqlen_q", "seqlen_k", "window_left", "window_right", "threshold", "pages"),
     "stride_bias_m",
     *(
         f"stride_{name}{axis}"
@@ -93,6 +93,52 @@ def load_tile(base, offsets, row, stride_s, rows, HEAD_DIM: tl.constexpr, BOUNDE
     else:
         tile = tl.load(ptrs)
     return tile  # (BLOCK, BLOCK_D)
+
+
+@triton.jit
+def place_keys(
+    table_ptr, batch, stride_tb, stride_ts, pages, start, end,
+    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return where the keys from `start` on lie: batch entry or page, and row there.
+
+    The first of them is a scalar where the keys share it. Without a table the batch entry is the
+    sequence's own; a page that does not exist becomes one that does, as nothing checks the table.
+    """
+    keys = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    entry = batch
+    slots = keys
+    if table_ptr is not None:
+        table_ptr += batch.to(tl.int64) * stride_tb
+        if PAGE_SIZE % BLOCK_N == 0:
+            entry = tl.load(table_ptr + start // PAGE_SIZE * stride_ts)
+            slots = start % PAGE_SIZE + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+        else:
+            entry = tl.load(table_ptr + keys // PAGE_SIZE * stride_ts, mask=keys < end, other=0)
+            slots = keys % PAGE_SIZE  # (BLOCK_N,)
+        entry = tl.maximum(tl.minimum(entry, pages - 1), 0)
+    return entry, slots
+
+
+@triton.jit
+def load_rows(head_ptr, entry, slots, stride_b, stride_s, real, HEAD_DIM, BLOCK_D: tl.constexpr):
+    """Load rows of a cache's head, by 64-bit offsets; 0 where not `real` and past HEAD_DIM.
+
+    All rows are where `real` is None.
+    """
+    offsets = entry.to(tl.int64) * stride_b + slots.to(tl.int64) * stride_s  # (BLOCK_N,)
+    columns = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+    ptrs = head_ptr + offsets[:, None] + columns[None, :]  # (BLOCK_N, BLOCK_D)
+    inside = (columns < HEAD_DIM)[None, :]
+    if real is not None and HEAD_DIM != BLOCK_D:
+        rows = tl.load(ptrs, mask=real[:, None] & inside, other=0.0)
+    elif real is not None:
+        rows = tl.load(ptrs, mask=real[:, None], other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        rows = tl.load(ptrs, mask=inside, other=0.0)
+    else:
+        rows = tl.load(ptrs)
+    return rows  # (BLOCK_N, BLOCK_D)
 
 
 @triton.jit

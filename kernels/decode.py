@@ -1,4 +1,6 @@
-"""Attention of a few new queries over a cache in Triton: keys split over programs, then merged.
+"""Attention of new queries over a cache in Triton: of a few, keys split over programs, then merged.
+
+Many are served by the forward kernel of attention, which the caches and their pages are handed to.
 
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Kwon et al., "Efficient
 Memory Management for Large Language Model Serving with PagedAttention", 2023.
@@ -12,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_layout import Layout
+from .attention import cached_attention_forward
+from .attention_layout import Layout, is_far
 from .attention_logits import LN2, LOG2E
-from .attention_tiles import aligned
+from .attention_tiles import aligned, load_rows, place_keys
 from .autotune import is_on, tuned
 from .common import KernelSpec, dot_precision, launch, recorded_launches
-from .decode_configs import MERGE, Tiles, candidates, choose_splits, decode_tiles
+from .decode_configs import MERGE, MOST_QUERIES, Tiles, candidates, choose_splits, decode_tiles
 
 __all__ = ["decode_attention", "kernel_specs"]
 
@@ -53,43 +56,6 @@ def split_ranges(
         begin = tl.maximum(length - seqlen_q - window_left, 0) // BLOCK_N * BLOCK_N
     blocks = tl.cdiv(length - begin, BLOCK_N)
     return length, begin, tl.cdiv(blocks, splits) * BLOCK_N
-
-
-@triton.jit
-def place_keys(
-    table_ptr, batch, stride_tb, stride_ts, pages, start, end,
-    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Return where the keys from `start` on lie: batch entry or page, and row there.
-
-    The first of them is a scalar where the keys share it. Without a table the batch entry is the
-    sequence's own; a page that does not exist becomes one that does, as nothing checks the table.
-    """
-    keys = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-    entry = batch
-    slots = keys
-    if table_ptr is not None:
-        table_ptr += batch.to(tl.int64) * stride_tb
-        if PAGE_SIZE % BLOCK_N == 0:
-            entry = tl.load(table_ptr + start // PAGE_SIZE * stride_ts)
-            slots = start % PAGE_SIZE + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-        else:
-            entry = tl.load(table_ptr + keys // PAGE_SIZE * stride_ts, mask=keys < end, other=0)
-            slots = keys % PAGE_SIZE  # (BLOCK_N,)
-        entry = tl.maximum(tl.minimum(entry, pages - 1), 0)
-    return entry, slots
-
-
-@triton.jit
-def load_rows(head_ptr, entry, slots, stride_b, stride_s, real, HEAD_DIM, BLOCK_D: tl.constexpr):
-    """Load rows of a cache's head, by 64-bit offsets; 0 where not `real` and past HEAD_DIM."""
-    offsets = entry.to(tl.int64) * stride_b + slots.to(tl.int64) * stride_s  # (BLOCK_N,)
-    columns = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-    ptrs = head_ptr + offsets[:, None] + columns[None, :]  # (BLOCK_N, BLOCK_D)
-    mask = real[:, None]
-    if HEAD_DIM != BLOCK_D:
-        mask = mask & (columns < HEAD_DIM)[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0)  # (BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -298,6 +264,11 @@ def decode_attention(
     the window that is not -1 bounds how far from its own key a query sees, 0 to the right makes it
     causal.
     """
+    if q.shape[2] > MOST_QUERIES and not (is_far(k_cache, 2) or is_far(v_cache, 2)):
+        return cached_attention_forward(
+            q, k_cache, v_cache, cache_lengths, block_table, alibi_slopes, sinks,
+            window_left, window_right, softcap, scale,
+        )  # fmt: skip
     layout = Layout.dense(q, k_cache)
     pages, kv_heads, page_size, _ = k_cache.shape
     capacity = page_size
@@ -386,6 +357,12 @@ def kernel_specs(family: str) -> Iterator[KernelSpec]:
     cases += [(bf16, dim, 8, 4, 16, False, 0) for dim in (64, 128, 256)]
     cases += [(fp32, dim, 4, 2, 16, True, 0) for dim in (16, 32, 64, 128, 256)]
     cases += [(bf16, dim, 8, 64, 16, True, 500) for dim in (16, 32, 64, 128, 256)]
+    # by the forward kernel
+    cases += [(bf16, dim, 4, 512, 16, False, 0) for dim in (16, 32, 64, 128, 256)]
+    cases += [(fp16, dim, 4, 512, 16, True, 0) for dim in (40, 80, 200)]
+    cases += [(bf16, dim, 4, 512, 256, True, 0) for dim in (64, 128, 256)]
+    cases += [(fp32, dim, 4, 512, 16, True, 0) for dim in (16, 32, 64, 128, 256)]
+    cases += [(bf16, 128, 4, 512, 0, False, -1)]
     for dtype, dim, group, seqlen_q, page_size, options, right in cases:
 
         def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:

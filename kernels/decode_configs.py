@@ -12,6 +12,9 @@ import torch
 
 #: Programs that keep a GPU of the family busy: two for each multiprocessor of its largest member.
 PROGRAMS = {"sm_80": 216, "sm_86": 284, "sm_90": 264, "sm_100": 296, "gfx942": 608}
+#: Of more new tokens a sequence, those of one head fill a tile, and the forward kernel of attention
+#: takes over, most of whose steps carry no mask.
+MOST_QUERIES = 64
 #: A split of fewer key blocks costs more to merge than it saves; past so many, merging is the work.
 LEAST_BLOCKS, MOST_SPLITS = 2, 128
 

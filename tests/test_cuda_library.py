@@ -47,6 +47,10 @@ def usable(monkeypatch):
     monkeypatch.setattr(backends, "has_triton", lambda: True)
 
 
+def new_tokens(count, **changes):
+    return {"op": "decode_attention", "shapes": ((2, 8, count, 64), (2, 8, 999, 64)), **changes}
+
+
 @pytest.mark.parametrize(
     ("changes", "chosen", "because"),
     [
@@ -63,6 +67,13 @@ def usable(monkeypatch):
         ({"dtype": torch.float32}, "triton", "fused Triton kernels"),
         ({"options": frozenset({"bias"})}, "triton", "fused Triton kernels"),
         ({"op": "rotary"}, "triton", "fused Triton kernels"),
+        (new_tokens(16), "cuda", "sm_80"),
+        (new_tokens(17), "triton", "splits the keys of so few new tokens"),
+        (new_tokens(64), "triton", "splits the keys of so few new tokens"),
+        (new_tokens(65), "cuda", "sm_80"),
+        (new_tokens(65, capability=90), "triton", "before CUDA C++ for this call on sm_90"),
+        (new_tokens(16, options=frozenset({"block_table"})), "cuda", "sm_80"),
+        (new_tokens(17, options=frozenset({"block_table"})), "triton", "fused Triton kernels"),
     ],
 )
 def test_which_kernels_go_first(changes, chosen, because, usable):

@@ -42,6 +42,22 @@ CASES = [
     Case((6, 2), 3, 64, BF16, window_right=-1),
     Case((2, 1), 5, 16, FP32, SOME, 16, window_left=30, window_right=1),
     Case((2, 1), 4, 40, FP16, (2, 63, 257), window_right=2, alibi=True),
+    # more new tokens, the last of them for the decode kernel, and more keys than tokens or fewer
+    Case((5, 1), 9, 64, BF16, SOME),
+    Case((2, 1), 63, 40, FP16, SOME, 16),
+    Case((2, 2), 64, 16, FP32, (63, 64, 100), capacity=112),
+    # by the forward kernel
+    Case((4, 2), 65, 64, BF16, (0, 1, 64, 65, 257)),
+    Case((2, 1), 113, 40, FP16, SOME, 16),
+    Case((2, 1), 257, 128, BF16, (300,), 128, 384),
+    Case((2, 1), 1000, 64, BF16, (1000, 40), 48, 1008),
+    Case((1, 1), 100, 16, FP32, (40, 257), 7, 273, window_left=20),
+    Case((1, 1), 70, 256, FP16, (113,), 64, 128),
+    Case((2, 1), 90, 64, BF16, (63, 257), 16, window_right=-1),
+    Case((2, 1), 90, 32, FP16, (63, 257), window_left=30, window_right=2, alibi=True),
+    Case((4, 2), 80, 24, FP32, (0, 113), 16, 128, 70, 4.0, True, True, -0.4),
+    Case((2, 1), 300, 72, BF16, (290, 500), 64, 512, 90, 20.0, True, True, 1.5),
+    Case((2, 1), 70, 16, FP32, (80, 80), 16, 96, broken_pages=True),
     # what acts on the logits, alone and together
     Case((6, 2), 3, 64, BF16, SOME, window_left=20),
     Case((2, 2), 2, 16, FP32, SOME, window_left=0),
@@ -68,6 +84,7 @@ SHAPES = (
     ((6, 2), 1, 40, (0, 63, 257)),
     ((5, 1), 3, 72, (111, 1)),
     ((2, 2), 8, 96, (113,)),
+    ((4, 2), 70, 40, (63, 257)),
 )
 OPTIONS = {
     "page_size": (0, 16),
@@ -108,23 +125,43 @@ def test_splits_are_chosen_by_shapes():
     assert choose(1, 10**7, 64, "sm_80") == configs.MOST_SPLITS
 
 
-def test_bad_lengths_and_pages_stay_within_the_cache():
+@pytest.mark.parametrize("queries", [2, 70])
+def test_bad_lengths_and_pages_stay_within_the_cache(queries):
     """The sanitizer fails any access outside of the tensors."""
-    call = arguments(Case((2, 1), 2, 16, FP32, (64, 64), 16, 64))
+    call = arguments(Case((2, 1), queries, 16, FP32, (64, 64), 16, 64))
     table = call["block_table"].clone()
     table[0, 3], table[1, 2] = 1000, -7
     nearest = table.clamp(0, len(call["k_cache"]) - 1)
     for name in ("k_cache", "v_cache"):
         call[name] = call[name].nan_to_num(0.5)
     results = []
-    for lengths, pages in (((300, -4), table), ((64, 0), nearest)):
-        for dtype in (torch.int32, torch.int64):
+    far = (2**31 + 5, -(2**40))
+    for lengths, pages in (((300, -4), table), (far, table), ((64, 0), nearest)):
+        for dtype in (torch.int64,) if lengths is far else (torch.int32, torch.int64):
             changed = {"cache_lengths": torch.tensor(lengths, dtype=dtype), "block_table": pages}
             results.append(kernels.decode_attention(**(call | changed))[0])
+    assert len(results) == 5
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize(("batch", "queries", "capacity"), [(0, 1, 16), (2, 0, 16), (2, 1, 0)])
+def test_tables_and_lengths_may_lie_in_any_way():
+    call = arguments(Case((2, 1), 70, 16, FP32, (60, 33), 16, 64))
+    changed = {
+        "block_table": call["block_table"].t().contiguous().t(),
+        "cache_lengths": call["cache_lengths"].repeat_interleave(2)[::2],
+        "alibi_slopes": torch.tensor([0.5]).expand(2),
+        "sinks": torch.tensor([1.0, 7.0, 2.0])[::2],
+    }
+    plain = {name: x.contiguous() for name, x in changed.items()}
+    for few in ({}, {"q": call["q"][:, :, :3]}):
+        results = [kernels.decode_attention(**call | given | few) for given in (changed, plain)]
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "capacity"),
+    [(0, 1, 16), (2, 0, 16), (2, 1, 0), (0, 70, 16), (2, 70, 0), (2, 70, 16)],
+)
 @pytest.mark.parametrize("pages", [False, True])
 def test_empty_batches_queries_and_caches(batch, queries, capacity, pages):
     cache = torch.zeros(0 if pages else batch, 2, 16 if pages else capacity, 16)
@@ -156,12 +193,16 @@ for shape, strides, table in (
 ):
     cache = room.as_strided(shape, strides).normal_()
     batch = shape[0] if table is None else 1
-    q, lengths = torch.randn(batch, 1, 1, 16).half(), torch.full((batch,), shape[2])
-    out, _ = kernels.decode_attention(q, cache, cache, lengths, table, None, None, -1, 0, 0.0, 0.25)
-    exact, _ = reference.decode_attention(
-        q, cache.contiguous(), cache.contiguous(), lengths, block_table=table, scale=0.25
-    )
-    torch.testing.assert_close(out, exact, rtol=0, atol=4e-3)
+    lengths = torch.full((batch,), shape[2])
+    for queries in (1, 65):
+        q = torch.randn(batch, 1, queries, 16).half()
+        out, _ = kernels.decode_attention(
+            q, cache, cache, lengths, table, None, None, -1, 0, 0.0, 0.25
+        )
+        exact, _ = reference.decode_attention(
+            q, cache.contiguous(), cache.contiguous(), lengths, block_table=table, scale=0.25
+        )
+        torch.testing.assert_close(out, exact, rtol=0, atol=4e-3)
 print("reached")
 """
 
@@ -171,9 +212,10 @@ def test_caches_of_more_than_2_to_the_31_elements():
     assert run_interpreted(PAST_32_BITS) == "reached\n"
 
 
-def test_the_public_op_is_served_by_the_kernels():
+@pytest.mark.parametrize("queries", [2, 70])
+def test_the_public_op_is_served_by_the_kernels(queries):
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 4, 2, 24), torch.randn(9, 2, 16, 24), torch.randn(9, 2, 16, 24)
+    q, k, v = torch.randn(2, 4, queries, 24), torch.randn(9, 2, 16, 24), torch.randn(9, 2, 16, 24)
     lengths, table = torch.tensor([20, 33]), torch.tensor([[3, 1, 0], [7, 8, 2]]).int()
     call = {"block_table": table, "window": (25, -1), "sinks": torch.randn(4), "return_lse": True}
     with ff.explain() as decisions:
@@ -190,6 +232,7 @@ def test_new_lengths_batches_and_capacities_compile_nothing():
         for page_size in (0, 16):
             for batch, queries, capacity in (
                 (1, 1, 16), (2, 1, 272), (3, 2, 400), (300, 1, 304), (16, 1, 1040), (7, 2, 112),
+                (1, 65, 112), (2, 300, 272), (3, 77, 400),
             ):  # fmt: skip
                 lengths = (capacity // 2,) * batch
                 case = Case((6, 2), queries, 40, BF16, lengths, page_size, capacity, capacity)
@@ -198,6 +241,7 @@ def test_new_lengths_batches_and_capacities_compile_nothing():
         source = spec.source()
         seen.add((source.name, *map(repr, (source.signature, source.constants, source.attrs))))
     assert sorted(name for name, *_ in seen) == [
+        *["attention_forward_kernel"] * 2,
         *["decode_attention_kernel"] * 2,
         "decode_merge_kernel",
     ]

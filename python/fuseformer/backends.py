@@ -153,6 +153,10 @@ def _cuda_refusal(request: Request) -> str | None:
     unsupported = request.options - _CUDA_OPS[request.op]
     if unsupported:
         return f"the CUDA C++ kernels do not take {', '.join(sorted(unsupported))}"
+    if "block_table" in request.options and request.shapes:
+        queries, most = request.shapes[0][2], cuda_decode.MOST_QUERIES
+        if queries > most:
+            return f"the CUDA C++ kernels take at most {most} new tokens over pages, not {queries}"
     if request.device == "cpu":
         return None  # the emulator
     if request.capability < _LEAST_CAPABILITY:

@@ -6,6 +6,7 @@ table.
 
 from typing import TYPE_CHECKING
 
+from .cuda import decode as cuda_decode
 from .cuda import feed_forward as cuda_feed_forward
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 # GPUs on which `mma.sync` is the way to the tensor cores; newer data-centre ones have wgmma and
 # tcgen05, which Triton uses.
 _CUDA_FAMILIES = (8, 12)
+# New tokens of a sequence up to which Triton splits the keys: `MOST_QUERIES` of its decode kernel.
+_MOST_SPLIT_QUERIES = 64
 # Up to this width Triton computes a whole feed-forward block in one kernel.
 _MAX_RESIDENT_WIDTH = 256
 # Widest input for which a product of our own, whose epilogue saves a pass over its result, is taken
@@ -26,6 +29,10 @@ def why_triton_first(request: "Request") -> str | None:
     """Return why Triton goes before CUDA C++ where both can serve, or None where it does not."""
     if request.capability // 10 not in _CUDA_FAMILIES:
         return "it uses the tensor-core instructions that only these GPUs have"
+    if request.op == "decode_attention":
+        queries = request.shapes[0][2] if request.shapes else 1
+        split = cuda_decode.MOST_QUERIES < queries <= _MOST_SPLIT_QUERIES
+        return "its kernel splits the keys of so few new tokens over the GPU" if split else None
     if request.op == "feed_forward":
         return _why_triton_feeds_first(request)
     if request.op == "gated_feed_forward":

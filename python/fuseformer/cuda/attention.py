@@ -178,6 +178,25 @@ def attention_forward(
     return _forward(q, k, v, False, options)
 
 
+def cached_attention_forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and lse of many new tokens over a contiguous cache.
+
+    The last query is aligned with the last key that counts; 0 to the right of the window is causal.
+    """
+    unpacked, bottom_right, no_dropout = (None, None, None, 0, 0), True, (0, 1.0)
+    window = (window_left, window_right)
+    options = (cache_lengths, *unpacked, *window, bottom_right, scale, *no_dropout)
+    return _forward(q, k_cache, v_cache, False, options)
+
+
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from . import library
-from .attention import aligned, require_options, result_like
+from .attention import aligned, cached_attention_forward, require_options, result_like
 
 #: Options of decoding that the kernels have.
 OPTIONS = frozenset({"window", "block_table"})
+#: New tokens of a sequence that the decode kernel takes: those of one head fill a tile. The forward
+#: kernel of attention takes more, which knows no pages.
+MOST_QUERIES = 16
 
 # Of `DecodeTraits`: rows of a block, and keys of a step. Splits of fewer steps cost more to join
 # than they save.
@@ -45,6 +48,10 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return the output, like `q` (B, H, Sq, D), and lse (B, H, Sq) in float32."""
     require_options(None, None, alibi_slopes, sinks, softcap)
+    if block_table is not None and q.shape[2] > MOST_QUERIES:
+        raise ValueError(
+            f"q: got {q.shape[2]} new tokens, expected at most {MOST_QUERIES} over pages"
+        )
     batch, heads, queries, head_dim = q.shape
     kv_heads, capacity = k_cache.shape[1:3]
     if block_table is not None:
@@ -52,6 +59,10 @@ def decode_attention(
         block_table = block_table.contiguous()
     if cache_lengths.dtype != torch.int32:
         cache_lengths = cache_lengths.clamp(0, capacity).int()
+    if queries > MOST_QUERIES:
+        return cached_attention_forward(
+            q, k_cache, v_cache, cache_lengths.contiguous(), window_left, window_right, scale
+        )
     out = result_like(q, zeros=False)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     row_blocks = -(-(heads // kv_heads) * queries // _ROWS)
