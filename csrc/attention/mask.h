@@ -25,10 +25,12 @@ FUSEFORMER_DEVICE Sequence sequence_of(const AttentionParams& params, int batch)
     s.keys = params.cu_seqlens_k[batch + 1] - s.first_key;
   }
   s.key_end = s.keys;
+  if (params.bottom_right) s.diagonal = s.keys - s.queries;
   if (params.key_lengths != nullptr) {
     s.key_end = maximum(0, minimum(s.keys, params.key_lengths[batch]));
+    // Not once for both: registers are spilled at head dim 256.
+    if (params.bottom_right) s.diagonal = s.key_end - s.queries;
   }
-  if (params.bottom_right) s.diagonal = s.key_end - s.queries;
   return s;
 }
 
