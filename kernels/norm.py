@@ -127,7 +127,9 @@ def add_norm_kernel(
         centred = tl.where(real[None, :], total - mean[:, None], 0.0)  # (ROWS, BLOCK_N)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)  # (ROWS,)
     tl.store(rstd_ptr + rows, rstd, mask=rows < tokens)
-    y = centred * rstd[:, None] * _load_rows(weight_ptr, columns, real)[None, :]
+    y = centred * rstd[:, None]
+    if weight_ptr is not None:
+        y *= _load_rows(weight_ptr, columns, real)[None, :]
     if bias_ptr is not None:
         y += _load_rows(bias_ptr, columns, real)[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -175,11 +177,14 @@ def add_norm_gradient_kernel(
             normal -= mean[:, None]
         # Past the last row dy is 0, and with it all that follows; past the last column too.
         normal *= rstd[:, None]
-        dweight += tl.sum(dy * normal, 0)
+        if dweight_ptr is not None:
+            dweight += tl.sum(dy * normal, 0)
         if dbias_ptr is not None:
             dbias += tl.sum(dy, 0)
         # Loaded anew for every item: the cache has room for it, the registers have none.
-        dnormal = dy * _load_rows(weight_ptr, columns, real)[None, :]  # (ROWS, BLOCK_N)
+        dnormal = dy  # (ROWS, BLOCK_N)
+        if weight_ptr is not None:
+            dnormal = dy * _load_rows(weight_ptr, columns, real)[None, :]
         along = tl.sum(dnormal * normal, 1) / WIDTH  # (ROWS,)
         # One expression each: steps of their own make the widest rows spill.
         if mean_ptr is not None:
@@ -196,7 +201,8 @@ def add_norm_gradient_kernel(
             dtotal = tl.where(keep, dtotal * dropout_scale, 0.0)
             tl.store(dx_ptr + offsets, dtotal.to(dx_ptr.dtype.element_ty), mask=inside)
     partial = program.to(tl.int64) * WIDTH + columns  # (BLOCK_N,)
-    tl.store(dweight_ptr + partial, dweight, mask=real)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + partial, dweight, mask=real)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + partial, dbias, mask=real)
 
@@ -207,7 +213,7 @@ def add_norm_gradient_kernel(
 
 
 def _shared_arguments(
-    x: Tensor, residual: Tensor | None, weight: Tensor, seed: Tensor | None, dropout_p: float
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, seed: Tensor | None, dropout_p: float
 ) -> tuple[dict[str, object], int, int]:
     """Return the arguments that both kernels take, the number of work items, and the warps."""
     tokens, width = x.shape
@@ -216,7 +222,7 @@ def _shared_arguments(
     arguments = {
         "x_ptr": x.contiguous(),
         "residual_ptr": None if residual is None else residual.contiguous(),
-        "weight_ptr": weight.contiguous(),
+        "weight_ptr": None if weight is None else weight.contiguous(),
         "seed_ptr": seed,
         "tokens": tokens,
         "threshold": threshold,
@@ -233,7 +239,7 @@ def _shared_arguments(
 def add_norm_forward(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
     rms: bool,
@@ -243,13 +249,14 @@ def add_norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Return the normalised sum, with `return_residual` the sum, unless `rms` the mean, and rstd.
 
-    `x` and `residual` are (T, width) of one dtype, any strides; `weight` and `bias` (width,) may be
-    wider; `seed` is None without dropout. The mean and `rstd`, the reciprocal deviation, are (T,)
-    in float32. Raises `ValueError` past `MAX_WIDTH` columns.
+    `x` and `residual` are (T, width), any strides; `weight` and `bias` (width,), each of which may
+    be missing, and `residual` may be wider; `seed` is None without dropout. The first two results
+    have the dtype of `residual`; the mean and `rstd`, the reciprocal deviation, are (T,) in
+    float32. Raises `ValueError` past `MAX_WIDTH` columns.
     """
     arguments, items, num_warps = _shared_arguments(x, residual, weight, seed, dropout_p)
-    y = x.new_empty(x.shape)
-    total = x.new_empty(x.shape) if return_residual else None
+    y = residual.new_empty(x.shape)
+    total = residual.new_empty(x.shape) if return_residual else None
     mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     arguments |= {
         "bias_ptr": None if bias is None else bias.contiguous(),
@@ -268,24 +275,27 @@ def add_norm_backward(
     dtotal: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
     has_bias: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Return the gradients of x, residual, weight and bias; that of an absent bias is None.
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of x, residual, weight and bias; those of absent parameters are None.
 
     Without a `residual` `x` is the sum that forward has returned, and `dtotal` its own gradient.
-    Without dropout that of x is None, for that of the residual is the same.
+    Without dropout that of x is None, for that of the residual is the same. That of the bias has
+    the dtype of the weight, or float32 without one.
     """
     arguments, items, num_warps = _shared_arguments(x, residual, weight, seed, dropout_p)
-    dresidual = x.new_empty(x.shape)
+    dresidual = (x if residual is None else residual).new_empty(x.shape)
     dx = None if seed is None else x.new_empty(x.shape)
     programs = min(items, _BACKWARD_PROGRAMS)
-    dweight = x.new_empty(programs, x.shape[1], dtype=torch.float32)
-    dbias = torch.empty_like(dweight) if has_bias else None
+    dweight, dbias = (
+        x.new_empty(programs, x.shape[1], dtype=torch.float32) if asked else None
+        for asked in (weight is not None, has_bias)
+    )
     arguments |= {
         "dy_ptr": dy.contiguous(),
         "dtotal_ptr": None if dtotal is None else dtotal.contiguous(),
@@ -298,8 +308,9 @@ def add_norm_backward(
         "items": items,
     }
     launch(add_norm_gradient_kernel, (programs,), arguments, num_warps=num_warps, num_stages=1)
-    dweight = dweight.sum(0).to(weight.dtype)
-    return dx, dresidual, dweight, None if dbias is None else dbias.sum(0).to(weight.dtype)
+    kind = torch.float32 if weight is None else weight.dtype
+    dweight, dbias = (None if d is None else d.sum(0).to(kind) for d in (dweight, dbias))
+    return dx, dresidual, dweight, dbias
 
 
 # ------------------------------------------------------------------------------------------------

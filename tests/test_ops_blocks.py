@@ -296,8 +296,10 @@ def test_autocast_runs_in_its_dtype():
             outs = [
                 ff.feed_forward(x, w1, None, w2, None, backend=backend),
                 ff.gated_feed_forward(x, w1, w1, w2, backend=backend),
-                ff.add_layer_norm(x, x, weight, None, backend=backend),
-                *ff.add_rms_norm(x, x, weight, eps=1e-5, backend=backend),
+            ]
+            outs += [
+                ff.add_layer_norm(*outs, weight, None, backend=backend),
+                *ff.add_rms_norm(*outs, weight, eps=1e-5, backend=backend),
             ]
             loss = ff.linear_cross_entropy(x, w1, torch.arange(5), backend=backend)
         assert all(o.dtype == torch.bfloat16 for o in outs)

@@ -128,4 +128,20 @@ CALLS = {
         ),
         lambda: [torch.randn(21, 72), torch.randn(21, 72), torch.rand(72) + 0.5, torch.randn(72)],
     ),
+    "add_layer_norm without parameters": (
+        lambda x, r, backend: ff.add_layer_norm(x, r, None, None, backend=backend),
+        lambda: [torch.randn(21, 72), torch.randn(21, 72)],
+    ),
+    "add_layer_norm with a bias only": (
+        lambda x, r, b, backend: torch.stack(
+            ff.add_layer_norm(x, r, None, b, return_residual=True, backend=backend)
+        ),
+        lambda: [torch.randn(21, 72), torch.randn(21, 72), torch.randn(72)],
+    ),
+    "add_rms_norm without a weight": (
+        lambda x, r, backend: torch.stack(
+            ff.add_rms_norm(x, r, None, eps=1e-6, dropout_p=0.2, seed=3, backend=backend)
+        ),
+        lambda: [torch.randn(21, 72), torch.randn(21, 72)],
+    ),
 }

@@ -26,7 +26,7 @@ def _sum(x: Tensor, residual: Tensor, factors: Tensor | None) -> Tensor:
 def add_norm_forward(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
     rms: bool,
@@ -36,20 +36,21 @@ def add_norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Return the normalised sum, with `return_residual` the sum, unless `rms` the mean, and rstd.
 
-    The mean and `rstd`, the reciprocal deviation, are (T,).
+    The mean and `rstd`, the reciprocal deviation, are (T,), the others (T, width) in the dtype of
+    `residual`.
     """
     total = _sum(x, residual, _factors(x, seed, dropout_p))
     new_residual = None
     if return_residual:
-        new_residual = total.to(x.dtype)
+        new_residual = total.to(residual.dtype)
         total = widened(new_residual)
-    wide = weight.to(total.dtype)
+    wide, shift = (None if p is None else p.to(total.dtype) for p in (weight, bias))
     if rms:
         rstd = torch.rsqrt(total.square().mean(-1) + eps)
-        return (total * rstd[:, None] * wide).to(x.dtype), new_residual, None, rstd
-    shift = None if bias is None else bias.to(total.dtype)
+        y = total * rstd[:, None]
+        return (y if wide is None else y * wide).to(residual.dtype), new_residual, None, rstd
     y, mean, rstd = _ATEN.native_layer_norm(total, [x.shape[-1]], wide, shift, eps)
-    return y.to(x.dtype), new_residual, mean.flatten(), rstd.flatten()
+    return y.to(residual.dtype), new_residual, mean.flatten(), rstd.flatten()
 
 
 def add_norm_backward(
@@ -57,25 +58,27 @@ def add_norm_backward(
     dtotal: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
     has_bias: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Return the gradients of x, residual, weight and bias; that of an absent bias is None.
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of x, residual, weight and bias; those of absent parameters are None.
 
     Without a `residual` `x` is the sum that forward has returned, and `dtotal` its own gradient.
-    Without dropout that of x is None, for that of the residual is the same.
+    Without dropout that of x is None, for that of the residual is the same. That of the bias has
+    the dtype of the weight, or of `rstd` without one.
     """
     factors = _factors(x, seed, dropout_p)
     total = widened(x) if residual is None else _sum(x, residual, factors)
-    wide_dy, wide, dbias = widened(dy), weight.to(total.dtype), None
+    wide_dy, wide = widened(dy), None if weight is None else weight.to(total.dtype)
+    dweight = dbias = None
     if mean is None:
         normal = total * rstd[:, None]
-        dnormal = wide_dy * wide
-        dweight = (wide_dy * normal).sum(0)
+        dnormal = wide_dy if wide is None else wide_dy * wide
+        dweight = None if wide is None else (wide_dy * normal).sum(0)
         dresidual = (dnormal - normal * (dnormal * normal).mean(-1, keepdim=True)) * rstd[:, None]
     else:
         dresidual, dweight, dbias = _ATEN.native_layer_norm_backward(
@@ -85,11 +88,13 @@ def add_norm_backward(
             mean[:, None],
             rstd[:, None],
             wide,
-            torch.zeros_like(wide) if has_bias else None,
-            [True, True, has_bias],
+            total.new_zeros(x.shape[-1]) if has_bias else None,
+            [True, wide is not None, has_bias],
         )
     if dtotal is not None:
         dresidual = dresidual + dtotal
     dx = None if factors is None else (dresidual * factors).to(x.dtype)
-    dbias = dbias.to(weight.dtype) if has_bias and dbias is not None else None
-    return dx, dresidual.to(x.dtype), dweight.to(weight.dtype), dbias
+    dresidual = dresidual.to((x if residual is None else residual).dtype)
+    kind = rstd.dtype if weight is None else weight.dtype
+    dweight = None if weight is None or dweight is None else dweight.to(kind)
+    return dx, dresidual, dweight, dbias.to(kind) if has_bias and dbias is not None else None

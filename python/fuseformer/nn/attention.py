@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops.attention import attention
 from ..ops.dropout import keep_mask
+from ..ops.registration import autocast_float_dtype
 from ..philox import draw_seed, dropout_scale
 from ..reference import widened
 from .nested import nested_like, padded
@@ -93,11 +94,11 @@ def _attend_with_weights(
     weights = torch.softmax(logits, -1, dtype=widened(q[:0]).dtype)
     if blind is not None:
         weights = weights.masked_fill(blind, 0.0)
-    weights = weights.to(q.dtype)
+    weights = weights.to(autocast_float_dtype(q, q.dtype))
     if dropout_p > 0:
         keep = keep_mask(draw_seed(q.device), dropout_p, *weights.shape)
         weights = weights * keep * dropout_scale(dropout_p)
-    return weights @ v, weights
+    return weights.to(v.dtype) @ v, weights
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -172,7 +173,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             out = out.permute(2, 0, 1, 3).flatten(2)  # (L, B, E)
         else:
             out = out.transpose(1, 2).flatten(2)  # (B, L, E)
-        out = self.out_proj(out if batched else out[0])
+        # As in PyTorch, which reads the projection's parameters and does not call it.
+        out = F.linear(out if batched else out[0], self.out_proj.weight, self.out_proj.bias)
         if weights is None:
             return out, None
         if average_attn_weights:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .attention import adopt, is_standard_causal
 from .feed_forward import layer_feed_forward
 from .norm import add_and_norm
+from .parts import runs
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -70,19 +71,18 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             x = tgt + self._sa_block(self.norm1(tgt), *own)
             x = x + self._mha_block(self.norm2(x), memory, *cross)
             return x + self._ff_block(self.norm3(x))
-        # A subclass may have replaced a block, and its dropout with it.
-        kind, plain = type(self), TransformerDecoderLayer
-        if kind._sa_block is plain._sa_block:
+        # A block that was replaced takes its dropout with it.
+        if runs(self, "_sa_block", TransformerDecoderLayer):
             attended = _attend(self.self_attn, tgt, tgt, *own)
             x = add_and_norm(self.norm1, attended, tgt, self.dropout1)
         else:
             x = self.norm1(tgt + self._sa_block(tgt, *own))
-        if kind._mha_block is plain._mha_block:
+        if runs(self, "_mha_block", TransformerDecoderLayer):
             attended = _attend(self.multihead_attn, x, memory, *cross)
             x = add_and_norm(self.norm2, attended, x, self.dropout2)
         else:
             x = self.norm2(x + self._mha_block(x, memory, *cross))
-        if kind._ff_block is plain._ff_block:
+        if runs(self, "_ff_block", TransformerDecoderLayer):
             return add_and_norm(self.norm3, layer_feed_forward(self, x), x, self.dropout3)
         return self.norm3(x + self._ff_block(x))
 

@@ -11,6 +11,7 @@ from .attention import adopt, is_standard_causal
 from .feed_forward import layer_feed_forward
 from .nested import nested_like, padded
 from .norm import add_and_norm
+from .parts import runs
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -68,14 +69,14 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if self.norm_first:
             x = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal)
             return x + self._ff_block(self.norm2(x))
-        # A subclass may have replaced a block, and its dropout with it.
-        if type(self)._sa_block is TransformerEncoderLayer._sa_block:
+        # A block that was replaced takes its dropout with it.
+        if runs(self, "_sa_block", TransformerEncoderLayer):
             attended = self._attend(src, src_mask, src_key_padding_mask, is_causal)
             x = add_and_norm(self.norm1, attended, src, self.dropout1)
         else:
             attended = self._sa_block(src, src_mask, src_key_padding_mask, is_causal)
             x = self.norm1(src + attended)
-        if type(self)._ff_block is TransformerEncoderLayer._ff_block:
+        if runs(self, "_ff_block", TransformerEncoderLayer):
             return add_and_norm(self.norm2, layer_feed_forward(self, x), x, self.dropout2)
         return self.norm2(x + self._ff_block(x))
 

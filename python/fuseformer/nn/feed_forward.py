@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..ops import checks
 from ..ops.feed_forward import feed_forward, gated_feed_forward
-from .norm import is_plain
+from ..reference import apply_activation
+from .parts import fusable, is_plain
 
 _FUNCTIONS: tuple[tuple[Any, str], ...] = (
     (F.relu, "relu"),
@@ -34,6 +35,11 @@ def activation_name(function: Any) -> str | None:
     return None
 
 
+def are_plain_linears(*modules: Any) -> bool:
+    """Return whether all `modules` are plain linear layers, which an op may stand for."""
+    return all(is_plain(m, torch.nn.Linear) and fusable(m.weight) for m in modules)
+
+
 def layer_feed_forward(layer: Any, x: Tensor) -> Tensor:
     """Return the feed-forward part of a Transformer layer, before its residual dropout.
 
@@ -42,8 +48,9 @@ def layer_feed_forward(layer: Any, x: Tensor) -> Tensor:
     """
     linear1, linear2, dropout = layer.linear1, layer.linear2, layer.dropout
     name = activation_name(layer.activation)
-    linears = is_plain(linear1, torch.nn.Linear) and is_plain(linear2, torch.nn.Linear)
-    if name is None or not linears or not is_plain(dropout, torch.nn.Dropout):
+    if name is None or not (
+        are_plain_linears(linear1, linear2) and is_plain(dropout, torch.nn.Dropout)
+    ):
         return linear2(dropout(layer.activation(linear1(x))))
     return feed_forward(
         x,
@@ -81,14 +88,19 @@ class FeedForward(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output (..., width) for `x` (..., width)."""
+        linear1, linear2 = self.linear1, self.linear2
+        p = self.dropout if self.training else 0.0
+        if not are_plain_linears(linear1, linear2):
+            hidden = apply_activation(linear1(x), self.activation)
+            return linear2(F.dropout(hidden, p))
         return feed_forward(
             x,
-            self.linear1.weight,
-            self.linear1.bias,
-            self.linear2.weight,
-            self.linear2.bias,
+            linear1.weight,
+            linear1.bias,
+            linear2.weight,
+            linear2.bias,
             activation=self.activation,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=p,
         )
 
 
@@ -116,5 +128,8 @@ class GatedFeedForward(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output (..., width) for `x` (..., width)."""
-        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        gate_proj, up_proj, down_proj = self.gate_proj, self.up_proj, self.down_proj
+        if not are_plain_linears(gate_proj, up_proj, down_proj):
+            return down_proj(apply_activation(gate_proj(x), self.activation) * up_proj(x))
+        weights = (gate_proj.weight, up_proj.weight, down_proj.weight)
         return gated_feed_forward(x, *weights, activation=self.activation)

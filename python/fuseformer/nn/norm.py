@@ -6,20 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.norm import add_layer_norm, add_rms_norm
-
-
-def is_plain(module: torch.nn.Module, kind: type) -> bool:
-    """Return whether `module` is just a `kind`, whose call an op may replace.
-
-    A subclass, a parametrised or swapped module computes something else, and hooks want to be
-    called: pruning and `torch.nn.utils.weight_norm` renew a layer's weight in them.
-    """
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+from .parts import fusable, is_plain
 
 
 def add_and_norm(norm: Any, x: Tensor, residual: Tensor, dropout: Any) -> Tensor:
@@ -28,7 +15,7 @@ def add_and_norm(norm: Any, x: Tensor, residual: Tensor, dropout: Any) -> Tensor
         is_plain(norm, torch.nn.LayerNorm)
         and is_plain(dropout, torch.nn.Dropout)
         and len(norm.normalized_shape) == 1
-        and norm.weight is not None
+        and fusable(norm.weight)
     ):
         p = dropout.p if dropout.training else 0.0
         return add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps, dropout_p=p)

@@ -10,7 +10,7 @@ from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
 from .attention import lse_dtype
-from .registration import autocast_dtype, present, register_autocast, second_derivatives
+from .registration import autocast_float_dtype, present, second_derivatives
 
 
 def _kernels(backend: str) -> Any:
@@ -22,7 +22,7 @@ def _kernels(backend: str) -> Any:
 def _add_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
     rms: bool,
@@ -31,27 +31,28 @@ def _add_norm(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    record(request_for("add_rms_norm" if rms else "add_layer_norm", x), backend)
+    record(request_for("add_rms_norm" if rms else "add_layer_norm", residual), backend)
     y, total, mean, rstd = _kernels(backend).add_norm_forward(
         x, residual, weight, bias, seed, rms, return_residual, eps, dropout_p
     )
-    return y.contiguous(), present(total, x).contiguous(), present(mean, rstd), rstd
+    return y.contiguous(), present(total, residual).contiguous(), present(mean, rstd), rstd
 
 
 @_add_norm.register_fake
 def _(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
     rms: bool,
     return_residual: bool,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = x.new_empty(x.shape if return_residual else (0,))
+    total = residual.new_empty(x.shape if return_residual else (0,))
     rstd = x.new_empty(x.shape[:1], dtype=lse_dtype(x))
-    return x.new_empty(x.shape), total, rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
+    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
+    return residual.new_empty(x.shape), total, mean, rstd
 
 
 @torch.library.custom_op("fuseformer::add_norm_backward", mutates_args=())
@@ -60,7 +61,7 @@ def _add_norm_backward(
     dtotal: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
@@ -71,7 +72,9 @@ def _add_norm_backward(
     dx, dresidual, dweight, dbias = _kernels(backend).add_norm_backward(
         dy, dtotal, x, residual, weight, mean, rstd, seed, dropout_p, has_bias
     )
-    return present(dx, x).contiguous(), dresidual.contiguous(), dweight, present(dbias, weight)
+    absent = rstd if weight is None else weight
+    dweight, dbias = present(dweight, absent), present(dbias, absent)
+    return present(dx, x).contiguous(), dresidual.contiguous(), dweight, dbias
 
 
 @_add_norm_backward.register_fake
@@ -80,7 +83,7 @@ def _(
     dtotal: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
@@ -89,8 +92,10 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx = x.new_empty((0,) if seed is None else x.shape)
-    dbias = weight.new_empty(weight.shape if has_bias else (0,))
-    return dx, x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+    dresidual = (x if residual is None else residual).new_empty(x.shape)
+    kind, width = (rstd if weight is None else weight), x.shape[-1:]
+    dweight = kind.new_empty((0,) if weight is None else width)
+    return dx, dresidual, dweight, kind.new_empty(width if has_bias else (0,))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -99,7 +104,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     rms, return_residual = ctx.options[:2]
     summands = (total, None) if return_residual else (x, residual)
     ctx.save_for_backward(*summands, weight, None if rms else mean, rstd, seed)
-    ctx.has_bias = bias is not None
+    ctx.dtypes = x.dtype, None if bias is None else bias.dtype
     ctx.mark_non_differentiable(*([] if return_residual else [total]), mean, rstd)
     ctx.set_materialize_grads(False)
 
@@ -107,13 +112,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, residual, weight, mean, rstd, seed = ctx.saved_tensors
     rms, return_residual, eps, dropout_p, backend = ctx.options
+    dtype, bias_dtype = ctx.dtypes
     if dy is None and dtotal is None:
         return (None,) * 10
     dy = torch.zeros_like(x) if dy is None else dy
     if torch.is_grad_enabled():
         p = 0.0 if return_residual else dropout_p
 
-        def formula(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        def formula(x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
             options = {"rms": rms, "return_residual": return_residual, "eps": eps}
             return reference.add_norm(x, residual, weight, None, dropout_p=p, seed=seed, **options)
 
@@ -122,24 +128,36 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tu
         dx, dresidual, dweight = second_derivatives(formula, inputs, gradients)
         if return_residual and dresidual is not None:
             dx = reference.dropout(dresidual, dropout_p, seed, 1)
-        dbias = dy.sum(0).to(weight.dtype)
+        dbias = dy.sum(0)
     else:
-        gradient, dresidual, dweight, dbias = _add_norm_backward(
-            dy, dtotal, x, residual, weight, mean, rstd, seed, dropout_p, ctx.has_bias, backend
+        gradient, dresidual, found, dbias = _add_norm_backward(
+            dy,
+            dtotal,
+            x,
+            residual,
+            weight,
+            mean,
+            rstd,
+            seed,
+            dropout_p,
+            bias_dtype is not None,
+            backend,
         )
         dx = dresidual if seed is None else gradient
-    return dx, dresidual, dweight, dbias if ctx.has_bias else None, *(None,) * 6
+        dweight = None if weight is None else found
+    dx = None if dx is None else dx.to(dtype)
+    shift = None if bias_dtype is None else dbias.to(bias_dtype)
+    return dx, dresidual, dweight, shift, *(None,) * 6
 
 
 _add_norm.register_autograd(_backward, setup_context=_save)
-register_autocast(_add_norm, ("x", "residual"))
 
 
 def _checked_add_norm(
     op: str,
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     dropout_p: float,
@@ -149,7 +167,8 @@ def _checked_add_norm(
 ) -> Any:
     """Check the arguments of the public function `op`, choose a backend and return its results."""
     checks.tensor("x", x)
-    checks.tensor("residual", residual, like=x)
+    checks.tensor("residual", residual)
+    checks.device("residual", residual, x)
     checks.shape("residual", residual, tuple(x.shape), "the shape of x")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
@@ -159,8 +178,11 @@ def _checked_add_norm(
     eps = checks.finite("eps", eps, positive=True)
     p = checks.probability("dropout_p", dropout_p)
     checks.boolean("return_residual", return_residual)
-    dtype = autocast_dtype(x)
-    request = request_for(op, x, requested=requested_backend(backend), dtype=dtype)
+    kind = x.dtype if x.dtype == residual.dtype else torch.promote_types(x.dtype, residual.dtype)
+    dtype = autocast_float_dtype(x, kind)
+    # The sum and its norm come in the dtype of the residual; the kernels widen x themselves.
+    residual = residual if residual.dtype == dtype else residual.to(dtype)
+    request = request_for(op, residual, requested=requested_backend(backend), dtype=dtype)
     name, _ = choose_backend(request)
     seed_tensor = checks.dropout_seed(seed, p, x)
     rows, residual_rows = (t.reshape(-1, x.shape[-1]) for t in (x, residual))
@@ -169,8 +191,8 @@ def _checked_add_norm(
     if name == "reference":
         record(request, name)
         results = reference.add_norm(
-            rows.to(dtype),
-            residual_rows.to(dtype),
+            rows,
+            residual_rows,
             weight,
             bias,
             rms=rms,
@@ -184,14 +206,14 @@ def _checked_add_norm(
             rows, residual_rows, weight, bias, seed_tensor, rms, return_residual, eps, p, name
         )
     y = results[0].view(x.shape)
-    return (y, results[1].view(x.shape)) if return_residual else y
+    return (y, results[1].view(x.shape).to(kind)) if return_residual else y
 
 
 @overload
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     *,
     eps: float = ...,
@@ -206,7 +228,7 @@ def add_layer_norm(
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     *,
     eps: float = ...,
@@ -220,7 +242,7 @@ def add_layer_norm(
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     *,
     eps: float = 1e-5,
@@ -231,9 +253,10 @@ def add_layer_norm(
 ) -> Any:
     """Return ``layer_norm(residual + dropout(x))``, the end of a post-LN sublayer.
 
-    Shapes: `x` and `residual` (..., width), `weight` and `bias` (width,), in the dtype of `x` or in
-    float32. Returns (..., width) in the dtype of `x`; sums are taken in float32. With
-    `return_residual` it is the start of a pre-LN sublayer: the sum is rounded to the dtype of `x`,
+    Shapes: `x` and `residual` (..., width), `weight` and `bias` (width,), each of which may be
+    None, in the dtype of `x` or in float32. Returns (..., width) in the dtype of ``residual + x``,
+    or where autocast has `F.layer_norm` give float32 in that; sums are taken in float32. With
+    `return_residual` it is the start of a pre-LN sublayer: the sum is rounded to its dtype,
     normalised as rounded, and returned too, as (y, residual). Raises `ValueError` or `TypeError`
     that names the argument.
 
@@ -247,7 +270,7 @@ def add_layer_norm(
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     *,
     eps: float,
     dropout_p: float = ...,
@@ -261,7 +284,7 @@ def add_rms_norm(
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     *,
     eps: float,
     dropout_p: float = ...,
@@ -274,7 +297,7 @@ def add_rms_norm(
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     *,
     eps: float,
     dropout_p: float = 0.0,
@@ -284,9 +307,10 @@ def add_rms_norm(
 ) -> Any:
     """Return the RMS norm of ``residual + dropout(x)`` and that sum, the next residual (pre-LN).
 
-    Shapes: `x` and `residual` (..., width), `weight` (width,), in the dtype of `x` or in float32.
-    Returns two tensors (..., width) in the dtype of `x`, the second rounded before it is
-    normalised. Without `return_residual` it is the end of a post-LN sublayer: the sum is normalised
+    Shapes: `x` and `residual` (..., width), `weight` (width,) or None, in the dtype of `x` or in
+    float32. Returns two tensors (..., width), the second in the dtype of ``residual + x``, rounded
+    before it is normalised, the first in the same or where autocast has `F.rms_norm` give float32
+    in that. Without `return_residual` it is the end of a post-LN sublayer: the sum is normalised
     as it is, and only the norm returned. Raises `ValueError` or `TypeError` that names the
     argument.
 

@@ -71,6 +71,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def autocast_float_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which PyTorch gives a norm or a softmax of values of `dtype`.
+
+    On a GPU, where `x` tells, autocast makes it float32; on the CPU it leaves them alone.
+    """
+    if dtype in (torch.float16, torch.bfloat16) and x.device.type == "cuda" and autocasts(x):
+        return torch.float32
+    return dtype
+
+
 def second_derivatives(
     formula: Callable[..., Any], inputs: Sequence[Any], gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:

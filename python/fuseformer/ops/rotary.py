@@ -9,7 +9,6 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
-from .registration import autocast_dtype, register_autocast
 
 
 def _kernels(backend: str) -> Any:
@@ -54,7 +53,6 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
 
 
 _rotary.register_autograd(_backward, setup_context=_save)
-register_autocast(_rotary, ("q", "k"))
 
 
 @torch.library.custom_op("fuseformer::rotary_inplace", mutates_args=("q", "k"))
@@ -106,8 +104,8 @@ def rotary(
     Shapes: `q` (B, H, S, D), `k` (B, Hkv, S, D), `cos` and `sin` (S, R/2) or (B, S, R/2) with R <=
     D; dimension i turns against i + R/2 or, with `interleaved`, dimension 2i against 2i + 1, and
     the dimensions past R pass through. `cos` and `sin` get no gradient. Returns two tensors of the
-    shapes of `q` and `k`, or with `inplace` `q` and `k` themselves, overwritten; autograd must not
-    follow them then, nor may they overlap, and autocast changes nothing. Raises `ValueError` or
+    shapes and dtypes of `q` and `k`, under autocast too, or with `inplace` `q` and `k` themselves,
+    overwritten; autograd must not follow them then, nor may they overlap. Raises `ValueError` or
     `TypeError` that names the argument.
 
     Source: Su et al., "RoFormer", 2021, section 3.2, in the half-split layout of GPT-NeoX and
@@ -133,19 +131,17 @@ def rotary(
     checks.boolean("inplace", inplace)
     if inplace:
         _check_inplace(q, k)
-    dtype = q.dtype if inplace else autocast_dtype(q)
     request = request_for(
         "rotary",
         q,
         k,
         head_dim=q.shape[-1],
         requested=requested_backend(backend),
-        dtype=dtype,
     )
     name, _ = choose_backend(request)
     if name == "reference":
         record(request, name)
-        turned = reference.rotary(q.to(dtype), k.to(dtype), cos, sin, interleaved=interleaved)
+        turned = reference.rotary(q, k, cos, sin, interleaved=interleaved)
         return (q.copy_(turned[0]), k.copy_(turned[1])) if inplace else turned
     if inplace:
         _rotary_inplace(q, k, cos, sin, interleaved, name)

@@ -44,7 +44,7 @@ def gated_feed_forward(
 def add_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     *,
     rms: bool,
@@ -55,23 +55,24 @@ def add_norm(
 ) -> tuple[Tensor, ...]:
     """Return the norm of ``residual + dropout(x)`` over the last dimension of `x` (T, width).
 
-    It is a layer norm or, without a mean and a bias, an RMS norm. With `return_residual` the sum is
-    rounded to the dtype of `x` before it is normalised, and returned too.
+    It is a layer norm or, without a mean and a bias, an RMS norm. Results have the dtype of
+    `residual`. With `return_residual` the sum is rounded to it before it is normalised, and
+    returned too.
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016; Zhang and Sennrich, "Root Mean Square
     Layer Normalization", 2019.
     """
     total = widened(residual) + dropout(widened(x), dropout_p, seed, 1)
-    rounded = total.to(x.dtype)
+    rounded = total.to(residual.dtype)
     if return_residual:
         total = widened(rounded)
-    wide_weight, shape = weight.to(total.dtype), x.shape[-1:]
+    shape = x.shape[-1:]
+    wide, shift = (None if p is None else p.to(total.dtype) for p in (weight, bias))
     if rms:
-        y = F.rms_norm(total, shape, wide_weight, eps)
+        y = F.rms_norm(total, shape, wide, eps)
     else:
-        shift = None if bias is None else bias.to(total.dtype)
-        y = F.layer_norm(total, shape, wide_weight, shift, eps)
-    return (y.to(x.dtype), rounded) if return_residual else (y.to(x.dtype),)
+        y = F.layer_norm(total, shape, wide, shift, eps)
+    return (y.to(residual.dtype), rounded) if return_residual else (y.to(residual.dtype),)
 
 
 def linear_cross_entropy(
