@@ -173,7 +173,8 @@ def test_sources_and_targets_are_packed_apart():
     assert batch.to("meta").source_ids.device.type == "meta"
 
 
-def test_examples_in_arrays_are_the_examples(tmp_path):
+def test_examples_in_arrays_are_the_examples(monkeypatch):
+    monkeypatch.setattr("fuseformer.tuning.examples.BLOCK", 2)
     made = [Example([1, 5, 70_000], [5, 70_000, 2]), Example([], []), Example([7], [-100])]
     stored = Examples(Example, made)
     assert list(stored) == made == stored

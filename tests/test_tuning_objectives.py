@@ -212,8 +212,8 @@ def test_short_lines_take_a_few_times_their_file_in_memory(tmp_path):
             for number in range(count):
                 text = " ".join(draw.choices(WORDS, k=6))
                 file.write(json.dumps({"text": f"{text}{number}"}) + "\n")
-    # What a large file needs beyond a smaller one: the working memory of both is the same, and so is
-    # the share of their texts that a vocabulary is counted from.
+    # What a large file needs beyond a smaller one: the working memory of both is the same, and so
+    # is the number of texts that a vocabulary is counted from.
     code = "import fuseformer.tuning.tokenizer as t\nt.COUNTED_TEXTS = 10_000\n" + MEASURED
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True, check=False

@@ -236,8 +236,10 @@ class PackedSampler:
         if not self._shuffle:
             return range(len(self._examples))
         generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch, -1))
-        order = torch.randperm(len(self._examples), generator=generator)
-        return array("q", order.numpy().tobytes())
+        drawn = torch.randperm(len(self._examples), generator=generator)
+        order = array("i")
+        order.frombytes(drawn.to(torch.int32).numpy().tobytes())
+        return order
 
 
 def _mixed(seed: int, epoch: int, position: int) -> int:

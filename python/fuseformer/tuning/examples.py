@@ -4,6 +4,7 @@ Examples are kept end to end in flat arrays: lists of Python's numbers would tak
 memory as the text that they come from.
 """
 
+import itertools
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,6 +48,32 @@ class Seq2SeqExample:
 AnyExample = TypeVar("AnyExample", Example, Seq2SeqExample)
 
 
+BLOCK = 4096
+
+
+class _Block:
+    """Up to `BLOCK` examples: each part of theirs end to end in an array, and where each ends.
+
+    Arrays that grow with a whole corpus would be copied to ever larger places, which leaves holes.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.parts = {name: array("h") for name in names}
+        self.ends = {name: array("i", [0]) for name in self.parts}
+
+    def append(self, example: Any) -> None:
+        for name, part in list(self.parts.items()):
+            ids = getattr(example, name)
+            if part.typecode == "h" and max(ids, default=0) > 32_767:
+                part = self.parts[name] = array("i", part)
+            part.extend(array(part.typecode, ids))
+            self.ends[name].append(len(part))
+
+    def part(self, name: str, index: int) -> "array[int]":
+        ends = self.ends[name]
+        return self.parts[name][ends[index] : ends[index + 1]]
+
+
 class Examples(Sequence[AnyExample], Generic[AnyExample]):
     """A sequence of examples of one kind, each made when it is asked for.
 
@@ -55,8 +82,9 @@ class Examples(Sequence[AnyExample], Generic[AnyExample]):
 
     def __init__(self, kind: type[AnyExample], examples: Iterable[AnyExample] = ()) -> None:
         self._kind: type[Any] = kind
-        self._parts = {f.name: array("h") for f in fields(self._kind)}
-        self._ends = {name: array("q", [0]) for name in self._parts}
+        self._names = tuple(f.name for f in fields(self._kind))
+        self._blocks: list[_Block] = []
+        self._count = 0
         for example in examples:
             self.append(example)
 
@@ -69,19 +97,13 @@ class Examples(Sequence[AnyExample], Generic[AnyExample]):
 
     def append(self, example: AnyExample) -> None:
         """Add an example at the end."""
-        for name, part in list(self._parts.items()):
-            ids = getattr(example, name)
-            if part.typecode == "h" and max(ids, default=0) > 32_767:
-                part = self._parts[name] = array("i", part)
-            part.extend(array(part.typecode, ids))
-            self._ends[name].append(len(part))
-
-    def _part(self, name: str, index: int) -> "array[int]":
-        ends = self._ends[name]
-        return self._parts[name][ends[index] : ends[index + 1]]
+        if self._count % BLOCK == 0:
+            self._blocks.append(_Block(self._names))
+        self._blocks[-1].append(example)
+        self._count += 1
 
     def __len__(self) -> int:
-        return len(next(iter(self._ends.values()))) - 1
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> AnyExample: ...
@@ -90,8 +112,9 @@ class Examples(Sequence[AnyExample], Generic[AnyExample]):
     def __getitem__(self, index: int | slice) -> "AnyExample | Examples[AnyExample]":
         if isinstance(index, slice):
             return Examples(self._kind, (self[i] for i in range(*index.indices(len(self)))))
-        place = range(len(self))[index]
-        return self._kind(**{name: self._part(name, place).tolist() for name in self._parts})
+        number, place = divmod(range(len(self))[index], BLOCK)
+        block = self._blocks[number]
+        return self._kind(**{name: block.part(name, place).tolist() for name in self._names})
 
     def __eq__(self, other: object) -> bool:
         """Say whether `other` is a sequence of equal examples."""
@@ -101,13 +124,19 @@ class Examples(Sequence[AnyExample], Generic[AnyExample]):
 
     def tokens(self, index: int) -> int:
         """Return the positions that example `index`, from 0 up, takes in a batch."""
-        ends = (self._ends[name] for name in self._kind.read)
-        return sum(own[index + 1] - own[index] for own in ends)
+        block, place = self._blocks[index // BLOCK], index % BLOCK
+        ends = (block.ends[name] for name in self._kind.read)
+        return sum(own[place + 1] - own[place] for own in ends)
 
     def longest(self) -> int:
         """Return the tokens of the longest part of any example."""
         return max(
-            (b - a for ends in self._ends.values() for a, b in _pairs(ends)),
+            (
+                after - before
+                for block in self._blocks
+                for ends in block.ends.values()
+                for before, after in itertools.pairwise(ends)
+            ),
             default=0,
         )
 
@@ -115,13 +144,10 @@ class Examples(Sequence[AnyExample], Generic[AnyExample]):
         """Return a number, as text, that changes with any token of the examples or their order."""
         crc = 0
         for index in range(len(self)):
-            for name in self._parts:
-                crc = zlib.crc32(array("q", self._part(name, index)).tobytes(), crc)
+            block, place = self._blocks[index // BLOCK], index % BLOCK
+            for name in self._names:
+                crc = zlib.crc32(array("q", block.part(name, place)).tobytes(), crc)
         return f"{crc:08x}"
-
-
-def _pairs(ends: "array[int]") -> Iterator[tuple[int, int]]:
-    return zip(ends, memoryview(ends)[1:], strict=False)
 
 
 def causal_example(input_ids: Sequence[int], labels: Sequence[int] | None = None) -> Example:
