@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import io
 import json
 import re
 import shutil
@@ -366,6 +367,20 @@ def test_one_long_answer_does_not_abort_an_evaluation(pretrained, tmp_path, caps
     found = json.loads(figures.read_text())
     assert found["records"] == {"t": {"judged": 2, "shortened": 1, "left_out": 1}}
     assert found["tokenisers"]["t"]["token_f1"] == "words"
+
+
+def test_a_prompt_from_a_file_loses_its_byte_order_mark(pretrained, monkeypatch, capsys):
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffthe quick\n"))
+    run("generate", pretrained, "--max-new-tokens", 1)
+    assert capsys.readouterr().out.startswith("the quick")
+
+
+def test_a_flag_given_twice_adds_files(pretrained, records, tmp_path, capsys):
+    capsys.readouterr()
+    figures = tmp_path / "figures.json"
+    run("evaluate", pretrained, "--records", records, "--records", records, "--json", figures)
+    assert json.loads(figures.read_text())["records"]["classification"]["judged"] == 80
 
 
 def test_generation_cuts_as_training_did_and_says_so(pretrained, tmp_path, capsys):
