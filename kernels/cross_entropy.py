@@ -239,23 +239,20 @@ def _gradient_scale(dtype: torch.dtype, z_loss: float) -> float:
     return 2.0 ** math.floor(15 - math.log2(1 + 2 * z_loss * 65600))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:
-    """Add ``alpha * a @ b`` to the float32 `total`, whose content does not matter if `first`."""
-    beta = 0 if first else 1
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=beta, alpha=alpha)
-    elif a.is_cuda:
-        options = {"out_dtype": total.dtype, "beta": beta, "alpha": alpha}
-        torch.addmm(total, a, b, **options, out=total)  # type: ignore[call-overload]
-    else:  # PyTorch has no such product on the CPU, where kernels run in tests
-        total.addmm_(a.float(), b.float(), beta=beta, alpha=alpha)
+def _product(a: Tensor, b: Tensor, wide: bool) -> Tensor:
+    """Return ``a @ b`` in their dtype, or where `wide` in float32, unrounded."""
+    if not wide:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()  # on the CPU, where tests run, PyTorch has no such product
 
 
 class _Gradients:
-    """Sums over chunks of the gradients of hidden, weight and bias, in float32.
+    """Sums over chunks of the gradients of hidden, weight and bias.
 
-    Gradients of logits come times `scale`. That of hidden has no sum over chunks, and is float32
-    only where the dtype of `hidden` lacks the range for a factor that is yet to come.
+    Those of logits come times `scale`. float16 lacks the range for a factor that is yet to come:
+    there all products are float32.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
@@ -267,20 +264,16 @@ class _Gradients:
         self.dbias: Tensor | None = None
 
     def add(self, rows: _Rows, chunk: slice, hidden: Tensor, gradient: Tensor) -> None:
-        if self.wide:
-            part = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
-            _add_product(part, gradient, self.weight, 1 / self.scale, True)
-        else:
-            part = gradient @ self.weight
-        rows.put(self.dhidden, chunk, part)
-        first = self.dweight is None
-        if self.dweight is None:
-            shape = self.weight.shape
-            self.dweight = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-        _add_product(self.dweight, gradient.t(), hidden, 1 / self.scale, first)
+        rows.put(self.dhidden, chunk, self._unscaled(_product(gradient, self.weight, self.wide)))
+        dweight = self._unscaled(_product(gradient.t(), hidden, self.wide))
+        # A single chunk needs no wider sum; further ones add up in float32.
+        self.dweight = dweight if self.dweight is None else self.dweight.float().add_(dweight)
         if self.bias is not None:
-            dbias = gradient.sum(0, dtype=torch.float32).mul_(1 / self.scale)
+            dbias = self._unscaled(gradient.sum(0, dtype=torch.float32))
             self.dbias = dbias if self.dbias is None else self.dbias.add_(dbias)
+
+    def _unscaled(self, product: Tensor) -> Tensor:
+        return product if self.scale == 1 else product.mul_(1 / self.scale)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor | None]:
         dweight = torch.zeros_like(self.weight) if self.dweight is None else self.dweight
@@ -307,8 +300,8 @@ def linear_cross_entropy_forward(
 
     `hidden` is (T, width), `weight` (vocab, width), `bias` (vocab,) or None, `target` (T,) int64.
     Loss and lse are float32, 0 for ignored rows; a class out of range gives NaN. Gradients of
-    weight and bias, and in float16 that of hidden, are float32: the upstream factor is yet to come.
-    Waits for the device unless it is told `max_supervised`; if more rows count, all is NaN.
+    weight and bias that were summed in float32 stay so, in float16 all are: the upstream factor is
+    yet to come. Waits for the device unless told `max_supervised`; if more rows count, all is NaN.
     """
     rows = _Rows(target, ignore_index, max_supervised)
     options = (ignore_index, label_smoothing, softcap, z_loss)
