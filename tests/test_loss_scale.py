@@ -8,6 +8,7 @@ finite, times the rest of the scale, takes its place. What float16 cannot hold m
 import pytest
 import torch
 import torch.nn.functional as F
+from op_calls import CALLS
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -154,3 +155,31 @@ def test_a_bound_is_a_count(bound, error):
     tensors, target = inputs()
     with pytest.raises(error, match="max_supervised: got"):
         ff.linear_cross_entropy(*tensors[:2], target, max_supervised=bound)
+
+
+@pytest.mark.parametrize("exponent", [-20, 8])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_op_takes_small_and_large_incoming_gradients(name, backend, exponent):
+    """float16 gradients as loss scaling brings them; the slack of the rule is scaled with them.
+
+    What float16 cannot hold on the way to a gradient is infinite in PyTorch too: the incoming
+    gradients are as large as PyTorch itself takes at every step, and as small as they come.
+    """
+    call, make = CALLS[name]
+    torch.manual_seed(0)
+    tensors = [t.half() for t in make()]
+    scale = 2.0**exponent
+    shape = call(*tensors, backend="reference").shape
+    incoming = (torch.randn(shape) * scale).half() if shape else torch.tensor(scale)
+
+    def run(dtype, backend):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in tensors]
+        y = call(*leaves, backend=backend)
+        return torch.autograd.grad(y, leaves, incoming.to(y.dtype))
+
+    results = (run(FP16, backend), run(torch.float64, "reference"), run(FP16, "reference"))
+    for place, parts in enumerate(zip(*results, strict=True)):
+        assert parts[2].isfinite().all(), "PyTorch has no error to compare with"
+        got, exact, low = (g.double() / min(scale, 1.0) for g in parts)
+        assert_close_to_reference(got, exact, low, factor=3.0, name=f"gradient {place}")
