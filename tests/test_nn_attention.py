@@ -252,3 +252,52 @@ def test_second_derivatives():
     ours = ff.nn.MultiheadAttention(4, 2, dtype=torch.float64)
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: ours(x, x, x, need_weights=False)[0], x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_empty_nested_tensor():
+    layer = ff.nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
+    encoder = ff.nn.TransformerEncoder(layer, 2)
+    with torch.no_grad():
+        for parts in ([], [torch.empty(0, 8)], [torch.empty(0, 8), torch.randn(3, 8)]):
+            x = torch.nested.nested_tensor(parts)
+            for out in (encoder(x), layer.self_attn(x, x, x, need_weights=False)[0]):
+                assert out.is_nested
+                assert [part.shape for part in out.unbind()] == [part.shape for part in parts]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (KEYS, QUERIES), (3, 2, 2)])
+def test_a_mask_that_the_hint_makes_unused(shape):
+    """Of another shape, too: PyTorch then does not look at it."""
+    theirs, ours = pair()
+    x = make_inputs(ours)[0]
+    call = {"attn_mask": torch.zeros(shape, dtype=torch.bool), "is_causal": True}
+    got = ours(x, x, x, need_weights=False, **call)
+    torch.testing.assert_close(got, theirs(x, x, x, need_weights=False, **call))
+    with pytest.raises(ValueError, match=r"^attn_mask: got"):
+        ours(x, x, x, **call)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_bias_in_another_dtype(backend, dtype):
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    bias = torch.randn(1, 2, 3, 5).to(dtype).requires_grad_()
+    wide = bias.detach().float().requires_grad_()
+    results = [ff.attention(q, k, k, bias=b, backend=backend) for b in (bias, wide)]
+    torch.testing.assert_close(*results)
+    got, expected = (
+        torch.autograd.grad(r.sum(), b)[0] for r, b in zip(results, (bias, wide), strict=True)
+    )
+    assert got.dtype == dtype
+    # The gradient was formed from float32 probabilities, whatever holds it.
+    torch.testing.assert_close(got.float(), expected.to(dtype).float())
+    mask = (q @ k.mT)[0].to(dtype)
+    if dtype == torch.float16:  # a half-precision mask beside a float32 input
+        ours = ff.nn.MultiheadAttention(16, 2)
+        theirs = torch.nn.MultiheadAttention(16, 2)
+        theirs.load_state_dict(ours.state_dict())
+        x, y = torch.randn(3, 1, 16), torch.randn(5, 1, 16)
+        torch.testing.assert_close(
+            ours(x, y, y, attn_mask=mask)[0], theirs(x, y, y, attn_mask=mask.float())[0]
+        )

@@ -282,7 +282,12 @@ _listeners: list[list[Decision]] = []
 
 
 def record(request: Request, backend: str) -> None:
-    """Remember that `backend` served `request`, for `explain`."""
+    """Remember that `backend` served `request`, for `explain`; not while a graph is made.
+
+    Comparing symbolic sizes would make constants of them.
+    """
+    if torch.compiler.is_compiling() or any(type(n) is not int for s in request.shapes for n in s):
+        return
     for log in (_recent, *_listeners):
         if log and log[-1].backend == backend and log[-1].request == request:
             log[-1].calls += 1
@@ -326,7 +331,8 @@ def request_for(
     Its shapes are those of `lead` and `others`; `trained` are more inputs that have a gradient.
     `trains` is found out unless given: a custom op is called where nothing records gradients.
     """
-    shapes = tuple(tuple(int(n) for n in t.shape) for t in (lead, *others))
+    # Not as numbers: sizes of an exported graph are symbols, which would become constants.
+    shapes = tuple(tuple(t.shape) for t in (lead, *others))
     if _transformed():
         options = options | {_TRANSFORMED}
     device = lead.device

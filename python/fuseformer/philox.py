@@ -78,6 +78,7 @@ def keep_mask(
     lead = (len(batches), len(heads), groups)
     keep = torch.empty((*lead, 2, 8, column_groups, 4, 8), dtype=torch.bool, device=device)
     if keep.numel():
+        tiles: list[Tensor] = []
         threshold = dropout_threshold(p)
         column = torch.arange(column_groups * 8, device=device).view(column_groups, 8)
         # Small tiles of many batches and heads go through the generator together.
@@ -85,9 +86,8 @@ def keep_mask(
         head = torch.tensor(heads, device=device)[:, None].expand(lead).flatten()
         row = torch.arange(first * 8, (first + groups) * 8, device=device).view(groups, 8)
         row = row.expand(*lead, 8).reshape(-1, 8)
-        flat = keep.flatten(0, 2)
         step = max(1, _COUNTERS_PER_BLOCK // (column_groups * 64))
-        for start in range(0, len(flat), step):
+        for start in range(0, len(row), step):
             part = slice(start, start + step)
             words = philox_4x32(
                 seed,
@@ -95,12 +95,13 @@ def keep_mask(
                 row[part, :, None, None],
                 head[part, None, None, None],
                 batch[part, None, None, None],
-            )
-            block = flat[part]  # (tiles, 2, 8, columns / 32, 4, 8)
-            for index, word in enumerate(words):  # (tiles, 8, columns / 32, 8)
-                torch.ge(word & 0xFFFF, threshold, out=block[:, 0, :, :, index])
-                torch.ge(word >> 16, threshold, out=block[:, 1, :, :, index])
-    keep = keep.view(len(batches), len(heads), groups * 16, column_groups * 32)
+            )  # (tiles, 8, columns / 32, 8) each
+            # New tensors, and not into `keep`: under vmap the words of a seed are many.
+            low = torch.stack([word & 0xFFFF for word in words], 3)  # (tiles, 8, .., 4, 8)
+            high = torch.stack([word >> 16 for word in words], 3)
+            tiles.append(torch.stack([low >= threshold, high >= threshold], 1))
+        keep = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+    keep = keep.reshape(len(batches), len(heads), groups * 16, column_groups * 32)
     skipped = rows.start - first * 16
     return keep[:, :, skipped : skipped + len(rows), :columns]
 

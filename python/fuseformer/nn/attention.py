@@ -138,6 +138,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = self._project(query, key, value)  # each (B, H, L or S, D)
         batch, heads, queries, _ = q.shape
         keys = k.shape[2]
+        # As PyTorch, which then does not look at a mask that would not fit.
+        if is_causal and attn_mask is not None and key_padding_mask is None and not need_weights:
+            fits = isinstance(attn_mask, Tensor) and attn_mask.shape[-2:] == (queries, keys)
+            attn_mask = attn_mask if fits else None
         self._check_masks(q, keys, key_padding_mask, attn_mask, batched)
         # The hint replaces the mask. A mask that is not square is kept: it may align differently.
         causal = is_causal and (attn_mask is None or queries == keys)
@@ -190,6 +194,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 "query: got a nested tensor, expected nested key and value and batch_first=True"
             )
         same = query is key and key is value
+        if query.size(0) == 0:
+            return query, None
         dense, padding = padded(query)
         keys, values = dense, dense
         if not same:
