@@ -17,10 +17,13 @@ from .attention_layout import Layout, Options, laid_out_like, near, positive_sca
 from .attention_logits import (
     LN2,
     LOG2E,
+    Scoring,
+    batch_padding,
     finished_logits,
     first_products,
+    head_bias,
+    head_slope,
     key_ranges,
-    scoring_of,
     walk,
     walked,
 )
@@ -156,11 +159,13 @@ def attention_forward_kernel(
     v_base = head_base(v_ptr, entry, kv_head, start_k, stride_vb, stride_vh, stride_vs, ALIGN)
     q_offsets = tile_offsets(stride_qs, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     q = load_tile(q_base, q_offsets, row, stride_qs, seqlen_q, HEAD_DIM, True)
-    scoring = scoring_of(
-        batch, head, sm_scale, softcap,
-        bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-        slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
-        seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right, BIAS_ALIGN,
+    bias = head_bias(bias_ptr, batch, head, stride_bias_b, stride_bias_h, BIAS_ALIGN)
+    slope_log2 = head_slope(slopes_ptr, head)
+    padding = batch_padding(padding_ptr, batch, stride_pad_b)
+    scoring = Scoring(
+        sm_scale * LOG2E, softcap, bias, aligned(stride_bias_m, BIAS_ALIGN), stride_bias_n,
+        slope_log2, padding, stride_pad_s,
+        seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
     )  # fmt: skip
     begin, head_end, full, full_end, end = key_ranges(row, scoring, BLOCK_M, BLOCK_N, EDGE_N)
     seed = 0

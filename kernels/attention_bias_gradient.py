@@ -17,7 +17,7 @@ from torch import Tensor
 from .attention_configs import Tiles
 from .attention_gradients import logit_gradients
 from .attention_layout import Layout, Options
-from .attention_logits import scoring_of
+from .attention_logits import LOG2E, Scoring, batch_padding, head_bias, head_slope
 from .attention_tiles import (
     RUNTIME_SIZES,
     aligned,
@@ -107,11 +107,13 @@ def attention_bias_gradient_kernel(
         start_q, start_k, rows_end, keys_end, key_end, diagonal = sequence_bounds(
             batch, cu_seqlens_q, cu_seqlens_k, key_lengths, seqlen_q, seqlen_k, BOTTOM_RIGHT
         )
-        scoring = scoring_of(
-            batch, head, sm_scale, softcap,
-            bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-            slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
-            rows_end, keys_end, key_end, diagonal, window_left, window_right, BIAS_ALIGN,
+        bias = head_bias(bias_ptr, batch, head, stride_bias_b, stride_bias_h, BIAS_ALIGN)
+        slope_log2 = head_slope(slopes_ptr, head)
+        padding = batch_padding(padding_ptr, batch, stride_pad_b)
+        scoring = Scoring(
+            sm_scale * LOG2E, softcap, bias, aligned(stride_bias_m, BIAS_ALIGN), stride_bias_n,
+            slope_log2, padding, stride_pad_s,
+            rows_end, keys_end, key_end, diagonal, window_left, window_right,
         )  # fmt: skip
         kv_head = head // GROUP
         q_base = head_base(q_ptr, batch, head, start_q, stride_qb, stride_qh, stride_qs, ALIGN)

@@ -12,11 +12,15 @@ import triton
 import triton.language as tl
 
 from .attention_logits import (
+    LOG2E,
+    Scoring,
+    batch_padding,
     finished_logits,
     first_products,
+    head_bias,
+    head_slope,
     key_ranges,
     query_ranges,
-    scoring_of,
     walk,
     walked,
 )
@@ -122,11 +126,11 @@ def _add_query_gradient(
     k_base, stride_ks, v_base, stride_vs, scoring, begin, head_end, tail, end,
     seed, batch, head, threshold, dropout_scale,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SUM_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what key blocks give to dq of a query block; which ones, as in the forward pass.
 
-    `total`, where there is one, adds up dS by row.
+    With SUM_ROWS `total` adds up dS by row.
     """
     k_offsets = tile_offsets(stride_ks, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
     v_offsets = tile_offsets(stride_vs, BLOCK_N, q.shape[1])  # (BLOCK_N, BLOCK_D)
@@ -140,7 +144,7 @@ def _add_query_gradient(
             q, dout, lse, delta, row, k, v, start, scoring,
             seed, batch, head, threshold, dropout_scale, MASKED, not MASKED, DROPOUT, PRECISION,
         )  # fmt: skip
-        if total is not None:
+        if SUM_ROWS:
             total += tl.sum(dlogits, 1)  # (BLOCK_M,)
         dlogits = (dlogits * derivative).to(k.dtype)  # (BLOCK_M, BLOCK_N)
         dq = tl.dot(dlogits, k, dq, input_precision=PRECISION)
@@ -210,11 +214,12 @@ def attention_key_gradient_kernel(
             dout_ptr, batch, head, start_q, stride_dob, stride_doh, stride_dos, ALIGN
         )
         rows_base = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + start_q
-        scoring = scoring_of(
-            batch, head, sm_scale, softcap,
-            bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-            slopes_ptr, None, 0, 0,
-            seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right, BIAS_ALIGN,
+        bias = head_bias(bias_ptr, batch, head, stride_bias_b, stride_bias_h, BIAS_ALIGN)
+        slope_log2 = head_slope(slopes_ptr, head)
+        scoring = Scoring(
+            sm_scale * LOG2E, softcap, bias, aligned(stride_bias_m, BIAS_ALIGN), stride_bias_n,
+            slope_log2, None, 0,
+            seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
         )  # fmt: skip
         begin, head_end, full, full_end, end = query_ranges(
             first_key, scoring, BLOCK_N, BLOCK_M, EDGE_M
@@ -295,11 +300,13 @@ def attention_query_gradient_kernel(
     rows_base = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + start_q
     lse = tl.load(lse_log2_ptr + rows_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
     delta = tl.load(delta_ptr + rows_base + rows, mask=rows < seqlen_q, other=0.0)  # (BLOCK_M,)
-    scoring = scoring_of(
-        batch, head, sm_scale, softcap,
-        bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-        slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
-        seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right, BIAS_ALIGN,
+    bias = head_bias(bias_ptr, batch, head, stride_bias_b, stride_bias_h, BIAS_ALIGN)
+    slope_log2 = head_slope(slopes_ptr, head)
+    padding = batch_padding(padding_ptr, batch, stride_pad_b)
+    scoring = Scoring(
+        sm_scale * LOG2E, softcap, bias, aligned(stride_bias_m, BIAS_ALIGN), stride_bias_n,
+        slope_log2, padding, stride_pad_s,
+        seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right,
     )  # fmt: skip
     begin, head_end, full, full_end, end = key_ranges(row, scoring, BLOCK_M, BLOCK_N, EDGE_N)
     seed = 0
@@ -307,16 +314,15 @@ def attention_query_gradient_kernel(
         seed = tl.load(seed_ptr)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = None
-    if total_ptr is not None:
-        total = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     for MASKED in tl.static_range(0 if padding_ptr is None else 1, 2):
         dq, total = _add_query_gradient(
             dq, total, q, dout, lse, delta, row,
             k_base, stride_ks, v_base, stride_vs, scoring,
             begin if MASKED else full, head_end, full_end, end if MASKED else full_end,
             seed, batch, head, threshold, dropout_scale,
-            HEAD_DIM, EDGE_N if MASKED else BLOCK_N, MASKED, seed_ptr is not None, PRECISION,
+            HEAD_DIM, EDGE_N if MASKED else BLOCK_N, MASKED, seed_ptr is not None,
+            total_ptr is not None, PRECISION,
         )  # fmt: skip
     dq_base = head_base(dq_ptr, batch, head, start_q, stride_dqb, stride_dqh, stride_dqs, ALIGN)
     store_tile(dq_base, dq * sm_scale, row, stride_dqs, seqlen_q, HEAD_DIM)

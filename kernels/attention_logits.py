@@ -49,43 +49,36 @@ class Scoring(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 
 
+# Triton 3.6 lets a function return None, but nothing that holds one: kernels put these three into
+# a `Scoring` themselves.
+
+
 @triton.jit
-def scoring_of(
-    batch, head, sm_scale, softcap,
-    bias_ptr, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n,
-    slopes_ptr, padding_ptr, stride_pad_b, stride_pad_s,
-    seqlen_q, seqlen_k, key_end, diagonal, window_left, window_right, BIAS_ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Return the `Scoring` of one head, with 64-bit offsets to what may be large."""
+def head_bias(bias_ptr, batch, head, stride_b, stride_h, BIAS_ALIGN: tl.constexpr):
+    """Return the pointer to the bias of one head, or None; by 64-bit offsets: it may be large."""
     bias = None
     if bias_ptr is not None:
-        stride_bias_b = aligned(stride_bias_b, BIAS_ALIGN)
-        stride_bias_h = aligned(stride_bias_h, BIAS_ALIGN)
-        stride_bias_m = aligned(stride_bias_m, BIAS_ALIGN)
-        offset = batch.to(tl.int64) * stride_bias_b + head.to(tl.int64) * stride_bias_h
-        bias = bias_ptr + offset
+        offset = batch.to(tl.int64) * aligned(stride_b, BIAS_ALIGN)
+        bias = bias_ptr + (offset + head.to(tl.int64) * aligned(stride_h, BIAS_ALIGN))
+    return bias
+
+
+@triton.jit
+def head_slope(slopes_ptr, head):
+    """Return the ALiBi slope of one head in the units of exp2, or None."""
     slope_log2 = None
     if slopes_ptr is not None:
         slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
+    return slope_log2
+
+
+@triton.jit
+def batch_padding(padding_ptr, batch, stride_b):
+    """Return the pointer to the padding mask of one batch entry, or None; by 64-bit offsets."""
     padding = None
     if padding_ptr is not None:
-        padding = padding_ptr + batch.to(tl.int64) * stride_pad_b
-    return Scoring(
-        sm_scale * LOG2E,
-        softcap,
-        bias,
-        stride_bias_m,
-        stride_bias_n,
-        slope_log2,
-        padding,
-        stride_pad_s,
-        seqlen_q,
-        seqlen_k,
-        key_end,
-        diagonal,
-        window_left,
-        window_right,
-    )
+        padding = padding_ptr + batch.to(tl.int64) * stride_b
+    return padding
 
 
 @triton.jit

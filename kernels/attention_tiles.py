@@ -57,9 +57,11 @@ def aligned(stride, ALIGN: tl.constexpr):
     """Return `stride`, which ALIGN divides, in a form from which the compiler can tell that.
 
     By itself it only sees divisibility by 16, and head dims such as 40 or 72 would lose their
-    16-byte loads.
+    16-byte loads. ALIGN is None where there is no tensor.
     """
-    return stride // ALIGN * ALIGN
+    if ALIGN is not None:
+        stride = stride // ALIGN * ALIGN
+    return stride
 
 
 @triton.jit
