@@ -194,7 +194,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 "query: got a nested tensor, expected nested key and value and batch_first=True"
             )
         same = query is key and key is value
-        if query.size(0) == 0:
+        if query.numel() == 0:
             return query, None
         dense, padding = padded(query)
         keys, values = dense, dense

@@ -64,7 +64,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         `is_causal` promises that `src_mask` is the causal mask, which then need not be given.
         """
         if src.is_nested:
-            if src.size(0) == 0:
+            if src.numel() == 0:
                 return src
             dense, padding = padded(src)
             return nested_like(self.forward(dense, src_mask, padding, is_causal), src)
