@@ -78,6 +78,15 @@ def _decode(lengths: tuple[int, ...], dim: int) -> None:
     decode.decode_attention(q, cache, cache, real, None, None, None, -1, 0, 0.0, dim**-0.5)
 
 
+def _prompt(queries: int, lengths: tuple[int, ...], dim: int, page_size: int) -> None:
+    count = max(lengths) // page_size
+    q = torch.randn(len(lengths), 4, queries, dim, dtype=torch.bfloat16)
+    pages = torch.randn(len(lengths) * count, 2, page_size, dim, dtype=torch.bfloat16)
+    table = torch.arange(len(pages), dtype=torch.int32).view(len(lengths), count)
+    real = torch.tensor(lengths, dtype=torch.int32)
+    decode.decode_attention(q, pages, pages, real, table, None, None, -1, 0, 0.0, dim**-0.5)
+
+
 def _rotary(length: int, dim: int) -> None:
     q, k = (torch.randn(2, heads, length, dim, dtype=torch.bfloat16) for heads in (8, 2))
     cos = torch.randn(length, dim // 2)
@@ -105,6 +114,9 @@ CASES: dict[str, Callable[[], None]] = {
     "gated feed-forward 8192x32x64": lambda: _gated(8192, 32, 64),
     "gated feed-forward 128x512x320": lambda: _gated(128, 512, 320),
     "decode 2 sequences of 1000 and 300 keys x64": lambda: _decode((1000, 300), 64),
+    "attention of a prompt of 256 over pages of 512 and 300 keys x64": lambda: _prompt(
+        256, (512, 300), 64, 16
+    ),
     "rotary 100x64": lambda: _rotary(100, 64),
     "norm 128x1024": lambda: _norm(128, 1024),
     "loss 32x16x5000": lambda: _loss(32, 16, 5000),

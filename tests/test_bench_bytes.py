@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from bench import traffic
+from bench.traffic_cases import CASES
 from bench.traffic_least import LEAST
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
@@ -53,6 +54,14 @@ def test_attention_asks_for_little_more_than_the_least(case):
     for row in rows:
         assert 1 <= row.ratio <= 1.1, row
         assert not row.over
+
+
+def test_a_prompt_over_pages_reads_them_where_they_lie():
+    """By the forward kernel alone, which asks for the table once for each key besides."""
+    (name,) = (case for case in CASES if "over pages" in case)
+    (row,) = traffic.measure(name)
+    assert row.kernel == "attention_forward"
+    assert 1 <= row.ratio <= 1.1
 
 
 @pytest.mark.parametrize("case", ["norm 128x1024", "rotary 100x64", "loss 32x16x5000"])

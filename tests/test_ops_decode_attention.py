@@ -321,8 +321,9 @@ def test_compiles_without_breaks_and_a_new_cache_recompiles_nothing(backend):
         return ff.decode_attention(q, k, v, lengths, window=(30, 0), backend=backend)
 
     # Plain PyTorch is recorded with its sizes from outside of an op: it would compile anew.
-    for batch, capacity in ((3, 40), (3, 57), (5, 64))[: 1 if backend == "reference" else 3]:
-        q, k = torch.randn(batch, 4, 2, 16), torch.randn(batch, 2, capacity, 16)
+    shapes = ((3, 5, 40), (3, 5, 57), (6, 9, 64), (7, 100, 120))
+    for batch, sq, capacity in shapes[: 1 if backend == "reference" else 4]:
+        q, k = torch.randn(batch, 4, sq, 16), torch.randn(batch, 2, capacity, 16)
         lengths = torch.arange(batch, dtype=torch.int32) + 20
         expected = ff.decode_attention(q, k, k, lengths, window=(30, 0), backend=backend)
         torch.testing.assert_close(decode(q, k, k, lengths), expected)

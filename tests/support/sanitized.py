@@ -85,6 +85,7 @@ def _run_kernels() -> None:
         check_dense(attention, Case((2, 1), (113, 70), 64, bf16, "top_left", 0.1))
         check_packed(attention, ((70, 33), (0, 5), (17, 0)), 96, bf16, "bottom_right", 0.2, 5)
         check_decode(attention, DecodeCase((4, 2), 2, 32, bf16, page_size=16))
+        check_decode(attention, DecodeCase((2, 1), 17, 32, bf16, (9, 113), capacity=120))
         feed_forward.emulator.set_options(True, seed, landing, "exact", 80)
         check_feed_forward(feed_forward, FeedForwardCase((70, 64, 136, 64), "gelu", bf16, 0.2))
         check_feed_forward(feed_forward, FeedForwardCase((70, 128, 136, 128), "relu", bf16))
