@@ -10,11 +10,12 @@ WORKERS ?= 2
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 WHEEL := $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
-.PHONY: help demo test test-sanitizers test-packaging sanitize compile-matrix wheel wheel-cuda sdist lint format clean
+.PHONY: help demo test test-versions test-sanitizers test-packaging sanitize compile-matrix wheel wheel-cuda sdist lint format clean
 
 help:
 	@echo "make demo            pretrain, tune, judge and report, in minutes on two cores"
 	@echo "make test            the test suite, no GPU needed"
+	@echo "make test-versions   every kernel compiled by every supported version of Triton"
 	@echo "make test-sanitizers the CUDA C++ kernels under the compiler's sanitizers, on the CPU"
 	@echo "make sanitize        the kernels with all their options, executed on the CPU (an hour)"
 	@echo "make compile-matrix  every kernel for every architecture, no GPU needed (half an hour)"
@@ -41,6 +42,9 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
+
+test-versions: $(READY)
+	$(BIN)/python -m bench versions $(if $(TRITON),--triton $(TRITON))
 
 test-sanitizers: $(READY)
 	FUSEFORMER_SANITIZERS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \

@@ -16,7 +16,13 @@ from .report import save, table
 
 BENCHMARKS = ("attention", "feed_forward", "layer", "train_step")
 #: Commands with arguments of their own, and their modules.
-MEASURES = {"scores": "scores", "bytes": "traffic", "cuda": "cuda_kernels", "build": "build"}
+MEASURES = {
+    "scores": "scores",
+    "bytes": "traffic",
+    "cuda": "cuda_kernels",
+    "build": "build",
+    "versions": "versions",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
