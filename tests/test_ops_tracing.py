@@ -208,3 +208,38 @@ def test_the_counter_is_not_imported_with_the_package():
     ):
         check = "import torch; assert torch.ops.fuseformer.attention in c.flop_registry"
         subprocess.run([sys.executable, "-c", f"{code}; {check}"], check=True)
+
+
+class Mixed(nn.Module):
+    """A model of a user, who traces it with `torch.fx`."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = built("Encoder False")[0]
+        self.stack = ff.nn.TransformerEncoder(self.encoder, 1)
+        self.decoder = built("Decoder True")[0]
+        self.pair = ff.nn.TransformerDecoder(self.decoder, 1)
+        self.attention = built("attention")[0]
+        self.norm, self.rms = ff.nn.AddLayerNorm(WIDTH), ff.nn.AddRMSNorm(WIDTH)
+        self.feed, self.gated = ff.nn.FeedForward(WIDTH, 4), ff.nn.GatedFeedForward(WIDTH, 4)
+        self.loss = ff.nn.LinearCrossEntropy(WIDTH, 9)
+
+    def forward(self, x, target, padding):
+        x = self.stack(self.encoder(x, src_key_padding_mask=padding))
+        x = self.pair(self.decoder(x, x, tgt_key_padding_mask=padding), x) + 1
+        x = self.norm(self.attention(x, x, x)[0], x)
+        y, total = self.rms(self.feed(x), self.gated(x))
+        return self.loss(y + total, target)
+
+
+def test_modules_are_nodes_of_a_symbolic_trace():
+    model = Mixed()
+    graph = torch.fx.symbolic_trace(model)
+    called = {node.target for node in graph.graph.nodes if node.op == "call_module"}
+    assert called == {name for name, _ in model.named_children()}
+    inputs = (
+        torch.randn(2, 5, WIDTH),
+        torch.arange(5).expand(2, 5),
+        torch.tensor([[False] * 5, [False] * 3 + [True] * 2]),
+    )
+    torch.testing.assert_close(graph(*inputs), model(*inputs))

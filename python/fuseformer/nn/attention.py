@@ -13,6 +13,7 @@ from ..ops.registration import autocast_float_dtype
 from ..philox import draw_seed, dropout_scale
 from ..reference import widened
 from .nested import nested_like, padded
+from .parts import leaf
 
 
 def is_standard_causal(mask: Tensor) -> bool:
@@ -131,6 +132,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         averaged, (B, heads, L, S), or None. Raises `ValueError` or `TypeError` that names the
         argument.
         """
+        if type(query) is torch.fx.Proxy:
+            return leaf(
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
         if query.is_nested:
             return self._forward_nested(query, key, value, need_weights, average_attn_weights)
         self._check(query, key, value)

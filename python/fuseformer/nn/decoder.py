@@ -10,7 +10,7 @@ from torch import Tensor
 from .attention import adopt, is_standard_causal
 from .feed_forward import layer_feed_forward
 from .norm import add_and_norm
-from .parts import runs
+from .parts import leaf, runs
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -64,6 +64,18 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """Return the layer's output, shaped like `tgt`; arguments as in `torch.nn`."""
+        if type(tgt) is torch.fx.Proxy:
+            return leaf(
+                self,
+                tgt,
+                memory,
+                tgt_mask,
+                memory_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_is_causal,
+                memory_is_causal,
+            )
 
         own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         cross = (memory_mask, memory_key_padding_mask, memory_is_causal)
@@ -149,6 +161,18 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         Without `tgt_is_causal`, the standard causal mask is recognised and handed to the kernel. To
         look at a mask waits for the device; with `tgt_is_causal` True or False nothing does.
         """
+        if type(tgt) is torch.fx.Proxy:
+            return leaf(
+                self,
+                tgt,
+                memory,
+                tgt_mask,
+                memory_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_is_causal,
+                memory_is_causal,
+            )
         if tgt_mask is not None and tgt_is_causal is None:
             tgt_is_causal = is_standard_causal(tgt_mask)
         output = tgt

@@ -11,7 +11,7 @@ from .attention import adopt, is_standard_causal
 from .feed_forward import layer_feed_forward
 from .nested import nested_like, padded
 from .norm import add_and_norm
-from .parts import runs
+from .parts import leaf, runs
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -63,6 +63,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
         `is_causal` promises that `src_mask` is the causal mask, which then need not be given.
         """
+        if type(src) is torch.fx.Proxy:
+            return leaf(self, src, src_mask, src_key_padding_mask, is_causal)
         if src.is_nested:
             if src.numel() == 0:
                 return src
@@ -138,6 +140,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         Without `is_causal`, the standard causal mask is recognised and handed to the kernel. To
         look at a mask waits for the device; with `is_causal` True or False nothing does.
         """
+        if type(src) is torch.fx.Proxy:
+            return leaf(self, src, mask, src_key_padding_mask, is_causal)
         if mask is not None and is_causal is None:
             is_causal = is_standard_causal(mask)
         output = src

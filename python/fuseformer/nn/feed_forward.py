@@ -9,7 +9,7 @@ from torch import Tensor
 from ..ops import checks
 from ..ops.feed_forward import feed_forward, gated_feed_forward
 from ..reference import apply_activation
-from .parts import fusable, is_plain
+from .parts import fusable, is_plain, leaf
 
 _FUNCTIONS: tuple[tuple[Any, str], ...] = (
     (F.relu, "relu"),
@@ -88,6 +88,8 @@ class FeedForward(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output (..., width) for `x` (..., width)."""
+        if type(x) is torch.fx.Proxy:
+            return leaf(self, x)
         linear1, linear2 = self.linear1, self.linear2
         p = self.dropout if self.training else 0.0
         if not are_plain_linears(linear1, linear2):
@@ -128,6 +130,8 @@ class GatedFeedForward(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output (..., width) for `x` (..., width)."""
+        if type(x) is torch.fx.Proxy:
+            return leaf(self, x)
         gate_proj, up_proj, down_proj = self.gate_proj, self.up_proj, self.down_proj
         if not are_plain_linears(gate_proj, up_proj, down_proj):
             return down_proj(apply_activation(gate_proj(x), self.activation) * up_proj(x))

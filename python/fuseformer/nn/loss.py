@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import checks
 from ..ops.cross_entropy import REDUCTIONS, linear_cross_entropy
+from .parts import leaf
 
 
 class LinearCrossEntropy(torch.nn.Linear):
@@ -43,6 +44,8 @@ class LinearCrossEntropy(torch.nn.Linear):
 
         Where `max_supervised` bounds the number of rows that count, nothing waits for the device.
         """
+        if type(hidden) is torch.fx.Proxy:
+            return leaf(self, hidden, target)
         return linear_cross_entropy(
             hidden,
             self.weight,

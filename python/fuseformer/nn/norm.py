@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.norm import add_layer_norm, add_rms_norm
-from .parts import fusable, is_plain
+from .parts import fusable, is_plain, leaf
 
 
 def add_and_norm(norm: Any, x: Tensor, residual: Tensor, dropout: Any) -> Tensor:
@@ -54,6 +54,8 @@ class AddLayerNorm(torch.nn.Module):
 
         The sum comes with `return_residual`, second.
         """
+        if type(x) is torch.fx.Proxy:
+            return leaf(self, x, residual)
         p = self.dropout if self.training else 0.0
         return add_layer_norm(
             x,
@@ -96,6 +98,8 @@ class AddRMSNorm(torch.nn.Module):
 
         Without `return_residual` only the first.
         """
+        if type(x) is torch.fx.Proxy:
+            return leaf(self, x, residual)
         p = self.dropout if self.training else 0.0
         return add_rms_norm(
             x,

@@ -60,3 +60,13 @@ def fusable(weight: Any) -> bool:
 def runs(owner: Any, name: str, kind: type) -> bool:
     """Return whether the method `name` of `owner` is that of the class `kind`: not replaced."""
     return name not in owner.__dict__ and getattr(type(owner), name) is getattr(kind, name)
+
+
+def leaf(module: torch.nn.Module, *arguments: Any) -> Any:
+    """Return the call of `module` as one node of the graph that `torch.fx.symbolic_trace` makes.
+
+    So are modules of `torch.nn`, whose masks and shapes a symbolic tracer cannot look at either.
+    The first of `arguments` is the tracer's proxy.
+    """
+    tracer = arguments[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
