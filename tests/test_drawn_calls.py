@@ -1,7 +1,9 @@
 """Blocks, norms, loss and rotary under drawn calls: finite in, finite and right out, any layout.
 
-The draws are the same in every run. A failure prints the call, drawn tensors and options included.
+What one backend refuses the others must refuse too, in the same words. The draws are the same in every run. A failure prints the call, drawn tensors and options included.
 """
+
+import re
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from fuseformer.testing import assert_close_to_reference
 
 pytest.importorskip("ttsem")
 
-#: Calls of each op on each backend; `make sanitize` takes many more.
-EXAMPLES = 560 if FULL else 17
+#: Calls of each op, 300 in all; `make sanitize` takes 34 times as many.
+EXAMPLES = {"cpu": 40, "triton": 10}
 
 
 def results(call: DrawnCall, backend, dtype=None):
@@ -40,12 +42,18 @@ def share(exact, low):
 
 
 def check(call: DrawnCall, backend):
-    """Hold a call to the rule.
+    """Hold a call to the rule; return whether it was served, and not refused by every backend.
 
     Of a few values, plain PyTorch's own error may be next to nothing by chance: there its largest
     share of error in this call stands for it.
     """
-    actual, low = results(call, backend), results(call, "reference")
+    try:
+        actual = results(call, backend)
+    except (ValueError, TypeError) as refusal:
+        with pytest.raises(type(refusal), match=f"^{re.escape(str(refusal))}$"):
+            results(call, "reference")
+        return False
+    low = results(call, "reference")
     exact = results(call, "reference", torch.float64)
     worst = max(share(exact[name], low[name]) for name in exact)
     for name, result in actual.items():
@@ -55,11 +63,14 @@ def check(call: DrawnCall, backend):
             plain = wanted + worst * wanted.abs().max()
         factor = 3.0 if name.startswith("d") else 2.0
         assert_close_to_reference(result, wanted, plain, factor=factor, name=f"{call}: {name}")
+    return True
 
 
 def explore(op, backend):
+    served = []
+
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=EXAMPLES[backend] * (34 if FULL else 1),
         derandomize=True,
         database=None,
         deadline=None,
@@ -68,9 +79,10 @@ def explore(op, backend):
     )
     @given(drawn_calls(op))
     def judged(call):
-        check(call, backend)
+        served.append(check(call, backend))
 
     judged()
+    assert sum(served) > len(served) / 3, "most calls were refused"
 
 
 @pytest.mark.parametrize("op", MAKERS)
@@ -92,6 +104,6 @@ def test_a_wrong_result_is_seen(shift):
 
     torch.manual_seed(0)
     tensors = {"x": torch.randn(9, 40), "residual": torch.randn(9, 40), "weight": torch.rand(40)}
-    check(DrawnCall("add_rms_norm", tensors, {"eps": 1e-5}), "cpu")
+    assert check(DrawnCall("add_rms_norm", tensors, {"eps": 1e-5}), "cpu")
     with pytest.raises(AssertionError, match="result 0"):
         check(Wrong("add_rms_norm", tensors, {"eps": 1e-5}), "cpu")

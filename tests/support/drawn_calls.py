@@ -1,4 +1,4 @@
-"""Hypothesis strategies: a call of any public op, its tensors in any layout and magnitude.
+"""Hypothesis strategies: a call of a block, norm, loss or rotary, its tensors in any layout and magnitude.
 
 Sizes and options that are constants of a kernel come from short lists, so that few kernels are
 compiled. Memory that a view does not show holds NaN, or in integers a number far out of range.
@@ -53,6 +53,9 @@ class DrawnCall:
     def __repr__(self) -> str:
         shown = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in self.others.items()}
         return f"{self.op}({', '.join(self.words)}; {shown})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
 
 
 class Drawer:
