@@ -1,6 +1,7 @@
 """Blocks, norms, loss and rotary under drawn calls: finite in, finite and right out, any layout.
 
-What one backend refuses the others must refuse too, in the same words. The draws are the same in every run. A failure prints the call, drawn tensors and options included.
+What one backend refuses the others must refuse too, in the same words. The draws are the same in every run,
+and a failure prints its call.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: a call of a block, norm, loss or rotary, its tensors in any layout and magnitude.
+"""Hypothesis strategies: a call of a block, norm, loss or rotary, with tensors in any layout.
 
 Sizes and options that are constants of a kernel come from short lists, so that few kernels are
 compiled. Memory that a view does not show holds NaN, or in integers a number far out of range.
