@@ -1,8 +1,9 @@
 """``python -m bench NAME``: verify, time, print, and write JSON and a plot.
 
 ``python -m bench scores`` and ``python -m bench bytes`` look at the Triton kernels without a GPU,
-``python -m bench cuda`` at those in CUDA C++, ``python -m bench build`` at what it takes to build
-the package; each says what it does with ``--help``.
+``python -m bench cuda`` at those in CUDA C++, ``python -m bench schedule`` at whole launches of
+these, ``python -m bench build`` at what it takes to build the package; each says what it does with
+``--help``.
 """
 
 import argparse
@@ -22,6 +23,7 @@ MEASURES = {
     "cuda": "cuda_kernels",
     "build": "build",
     "versions": "versions",
+    "schedule": "schedule",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

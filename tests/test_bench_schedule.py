@@ -2,6 +2,8 @@
 
 import pytest
 
+from bench import schedule
+from bench.grids import Launch, tiles
 from bench.simulator import DeadlockError, Span, simulate
 
 
@@ -65,3 +67,38 @@ def test_the_diagonal_first_runs_blocks_one_by_one_and_last_costs_nothing(keys, 
     assert round(first / unordered, 2) == times
     last = simulate(_causal(steps, False), 108, held=0.25, hand_over=0.25).makespan
     assert last <= 1.10 * unordered
+
+
+def test_tiles_are_those_of_the_sources():
+    assert tiles()["forward", 128]["block_m"] == 128
+    assert {size for kernel, size in tiles() if kernel == "forward"} == set(schedule.HEAD_DIMS)
+
+
+def test_steps_of_causal_blocks_and_their_order():
+    # Blocks of 128 queries over steps of 64 keys: the last two of each hold the diagonal.
+    launch = Launch("forward", 128, 300, 300, 2, causal=True)
+    blocks = list(launch.blocks(80))
+    assert [len(block) for block in blocks] == [5, 4, 2] * 2
+    masked = launch.masked_cost(80)
+    assert masked > 1
+    assert [cost for _, _, cost in blocks[1]] == [1.0, 1.0, masked, masked]
+    # The window of 100 hides the first keys of the second block in part.
+    window = Launch("forward", 128, 300, 300, 1, causal=True, window=100)
+    assert [len(block) for block in window.blocks(80)] == [3, 4, 2]
+    # Aligned with the last key, the first query sees 201 keys, the last one all 300.
+    aligned = Launch("forward", 128, 100, 300, 1, causal=True, bottom_right=True)
+    assert [[cost > 1 for _, _, cost in block] for block in aligned.blocks(80)] == [
+        [False, False, False, True, True]
+    ]
+
+
+def test_launches_of_many_waves_keep_slots_busy(capsys, tmp_path):
+    assert schedule.main(["--lengths", "16384", "--output", str(tmp_path / "rows.json")]) == 0
+    assert " 0 below goal" in capsys.readouterr().out
+
+
+def test_a_launch_with_a_long_tail_is_a_failure(monkeypatch, capsys):
+    tail = Launch("linear", 1024, 128 * (4 * 108 + 1), 256)  # one block in a fifth wave
+    monkeypatch.setattr(schedule, "launches", lambda lengths: [tail])
+    assert schedule.main([]) == 1
+    assert "missed" in capsys.readouterr().out
