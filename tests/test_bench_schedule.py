@@ -97,8 +97,10 @@ def test_launches_of_many_waves_keep_slots_busy(capsys, tmp_path):
     assert " 0 below goal" in capsys.readouterr().out
 
 
-def test_a_launch_with_a_long_tail_is_a_failure(monkeypatch, capsys):
+def test_a_launch_with_a_long_tail_is_a_failure(monkeypatch, capsys, tmp_path):
     tail = Launch("linear", 1024, 128 * (4 * 108 + 1), 256)  # one block in a fifth wave
     monkeypatch.setattr(schedule, "launches", lambda lengths: [tail])
-    assert schedule.main([]) == 1
+    picture = tmp_path / "tail.png"
+    assert schedule.main(["--plot", str(picture)]) == 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert "missed" in capsys.readouterr().out
