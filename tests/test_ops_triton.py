@@ -60,12 +60,12 @@ for rms in (False, True):
     opcheck(ops.add_norm.default, (leaf(9, 16), leaf(9, 16), leaf(16), none if rms else leaf(16),
             torch.tensor(3) if rms else none, rms, rms, 1e-5, 0.1 * rms, "triton"))
 opcheck(ops.linear_cross_entropy.default, (leaf(9, 16), leaf(12, 16), none,
-        torch.arange(9), -100, 0.0, 0.0, 0.1, "mean", True, "triton"))
+        torch.arange(9), -100, 0.0, 0.0, 0.1, "mean", True, none, "triton"))
 
 cache, lengths = k.detach(), torch.tensor([19], dtype=torch.int32)
 few = q.detach()[:, :, :3]
-opcheck(ops.decode_attention.default, (few, cache, cache, lengths, none, none, none, 5, -1, 0.0,
-        0.25, "triton"))
+opcheck(ops.decode_attention.default, (few, cache, cache, lengths, none, none, none, True, 5, -1,
+        0.0, 0.25, "triton"))
 
 @torch.compile(fullgraph=True, backend="aot_eager")
 def decode(q, k, v):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import widened
+from ..reference import widened, without_padding
 from . import attention_blocks
 from .attention_blocks import Options
 
@@ -18,6 +18,10 @@ from .attention_blocks import Options
 _WORK_OF_A_CALL = 1 << 22
 
 _FEW_KEYS = 4
+
+# From here on neighbouring numbers in float32 are 1/64 apart, and weights from an lse wrong by as
+# much as bfloat16 rounds them twice.
+_COARSE = 2.0**17
 
 
 class _Part(NamedTuple):
@@ -94,18 +98,29 @@ def _served_by_flash(q: Tensor, sk: int, options: Options) -> bool:
     )
 
 
+def _is_coarse(lse: Tensor, options: Options) -> bool:
+    """Return whether a bias has shifted whole rows so far that their lse tells no weights.
+
+    Of keys that all have a bias of finfo.min the lse is that number, however many they are.
+    """
+    return options.bias is not None and bool((lse.isfinite() & (lse.abs() > _COARSE)).any())
+
+
+def _without_padding(k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    masks = (options.key_padding_mask, options.key_lengths)
+    return without_padding(k, *masks), without_padding(v, *masks)
+
+
 def _additive_mask(q: Tensor, sk: int, options: Options) -> Tensor | None:
     """Return bias and padding as one additive mask that broadcasts to (B, H, Sq, Sk), or None."""
     mask, padding = None, options.key_padding_mask
     if options.key_lengths is not None:
         beyond = torch.arange(sk) >= options.key_lengths[:, None]  # (B, Sk)
         padding = beyond if padding is None else padding | beyond
-    if padding is not None:
-        mask = torch.zeros(padding.shape, dtype=q.dtype).masked_fill_(padding, -math.inf)
-        mask = mask[:, None, None, :]
-    if options.bias is not None:
-        mask = options.bias if mask is None else options.bias + mask
-    return mask
+    if padding is None:
+        return options.bias
+    mask = torch.zeros((), dtype=q.dtype) if options.bias is None else options.bias
+    return mask.masked_fill(padding[:, None, None, :], -math.inf)  # whatever the bias holds there
 
 
 def _blind_rows(mask: Tensor, sq: int, causal: bool) -> Tensor:
@@ -121,6 +136,7 @@ def _blind_rows(mask: Tensor, sq: int, causal: bool) -> Tensor:
 
 def _forward_part(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     sq, sk = q.shape[2], k.shape[2]
+    k, v = _without_padding(k, v, options)
     if not _served_by_flash(q, sk, options):
         return attention_blocks.forward(q, k, v, options)
     mask, causal = _additive_mask(q, sk, options), options.causal != "none"
@@ -146,7 +162,13 @@ def _backward_part(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     sk = k.shape[2]
-    if dlse is not None or bias_grad or not _served_by_flash(q, sk, options):
+    k, v = _without_padding(k, v, options)
+    if (
+        dlse is not None
+        or bias_grad
+        or not _served_by_flash(q, sk, options)
+        or _is_coarse(lse, options)
+    ):
         return attention_blocks.backward(dout, dlse, q, k, v, lse, options, bias_grad)
     # A row without a visible key has lse -inf; with 0 its probabilities come out as exp(-inf).
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

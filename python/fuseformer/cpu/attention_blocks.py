@@ -57,10 +57,12 @@ def _visible_columns(rows: range, sq: int, sk: int, options: Options) -> tuple[r
 
 
 def _logits(q: Tensor, k: Tensor, options: Options) -> Tensor:
-    """Return fresh logits (B, H, R, C) with the softcap, before bias and masks."""
-    # Scaling the queries is the smaller pass, but would round half-precision ones.
-    wide = widened(q[:0]).dtype == q.dtype
-    logits = (q * options.scale @ k.mT) if wide else widened(q @ k.mT).mul_(options.scale)
+    """Return fresh logits (B, H, R, C) with the softcap, before bias and masks.
+
+    Products of half-precision `q` and `k` may be past what half precision holds, and would be
+    rounded before the softmax: they are taken in the dtype of sums.
+    """
+    logits = widened(q) * options.scale @ k.mT
     if options.softcap:
         logits.div_(options.softcap).tanh_().mul_(options.softcap)
     return logits
@@ -121,7 +123,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     sk = k.shape[2]
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, sq, dtype=widened(q[:0]).dtype)
-    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+    k, v = repeat_heads(widened(k), heads), repeat_heads(v, heads)
     for rows in _row_blocks(batch, heads, sq, sk):
         columns, offset = _visible_columns(rows, sq, sk, options)
         block = slice(rows.start, rows.stop)
@@ -155,8 +157,10 @@ def backward(
     """Return the gradients of q, k, v, bias and sinks; the last two in the dtype of `lse`."""
     batch, heads, sq, dim = q.shape
     sk, kv_heads, dtype = k.shape[2], k.shape[1], k.dtype
-    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     dq = torch.empty_like(q)
+    if dtype == torch.float16:  # gradients of logits may be past what it holds, those of q are not
+        q, k, dout = widened(q), widened(k), widened(dout)
+    narrow_k, k, v = (repeat_heads(x, heads) for x in (k, widened(k), widened(v)))
     dk, dv = (torch.zeros(k.shape, dtype=lse.dtype) for _ in range(2))
     bias, sinks = options.bias if bias_grad else None, options.sinks
     dbias = None if bias is None else torch.zeros(bias.shape, dtype=lse.dtype)
@@ -166,21 +170,22 @@ def backward(
         columns, offset = _visible_columns(rows, sq, sk, options)
         block = slice(rows.start, rows.stop)
         seen = slice(columns.start, columns.stop)
-        q_block, dout_block, k_seen = q[:, :, block], dout[:, :, block], k[:, :, seen]
-        weights = _logits(q_block, k_seen, options)
+        q_block, dout_block = q[:, :, block], dout[:, :, block]
+        weights = _logits(q_block, k[:, :, seen], options)
         slope = None
         if options.softcap:
             slope = (weights / options.softcap).square_().neg_().add_(1)
         weights = _masked(weights, rows, columns, offset, options)
-        weights.sub_(finite_lse[:, :, block]).exp_()  # (B, H, R, C)
-        dweights = widened(dout_block) @ widened(v[:, :, seen]).mT
+        # Not from the lse, which may be as coarse as the logits are large: the row is whole here.
+        weights, _ = _softmax(weights, sinks)  # (B, H, R, C)
+        dweights = widened(dout_block) @ v[:, :, seen].mT
         factors = _dropout_factors(options, batch, heads, rows, columns, lse.dtype)
         dropped = weights
         if factors is not None:
             dweights.mul_(factors)
             dropped = factors.mul_(weights)
-        dv[:, :, seen] += dropped.to(dtype).mT @ dout_block
-        # The row is whole here, so its mean gradient needs no detour over the rounded output.
+        dv[:, :, seen] += dropped.to(dout.dtype).mT @ dout_block
+        # Its mean gradient needs no detour over the rounded output, either.
         delta = (weights * dweights).sum(-1, keepdim=True)  # (B, H, R, 1)
         if dlse is not None:
             delta = delta - dlse[:, :, block, None]
@@ -194,8 +199,8 @@ def backward(
             part += _reduced_to(dlogits, part.shape)
         if slope is not None:
             dlogits.mul_(slope)
-        narrow = dlogits.mul_(options.scale).to(dtype)
-        dq[:, :, block] = narrow @ k_seen
+        narrow = dlogits.mul_(options.scale).to(q.dtype)
+        dq[:, :, block] = narrow @ narrow_k[:, :, seen]
         dk[:, :, seen] += narrow.mT @ q_block
     groups = (batch, kv_heads, heads // kv_heads, sk, dim)
     dk, dv = (

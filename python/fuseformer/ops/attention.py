@@ -13,7 +13,9 @@ from . import checks
 from .registration import (
     absent,
     autocast_dtype,
+    in_order,
     laid_out,
+    lengths_within,
     present,
     register_autocast,
     second_derivatives,
@@ -82,6 +84,8 @@ def _attention(
         sinks=sinks,
     )
     record(request_for("attention", q, k, options=options, head_dim=q.shape[-1]), backend)
+    key_lengths = None if key_lengths is None else lengths_within(key_lengths, k.shape[2])
+    alibi_slopes, sinks = in_order(alibi_slopes), in_order(sinks)
     out, lse = _kernels(backend).attention_forward(
         q,
         k,
@@ -131,6 +135,8 @@ def _attention_backward(
     bias_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    key_lengths = None if key_lengths is None else lengths_within(key_lengths, k.shape[2])
+    alibi_slopes, sinks = in_order(alibi_slopes), in_order(sinks)
     dq, dk, dv, dbias, dsinks = _kernels(backend).attention_backward(
         dout,
         dlse,
@@ -336,9 +342,9 @@ def attention(
     check_extras(q, q.shape[1], alibi_slopes, sinks)
     check_masks(q, k, key_padding_mask, key_lengths, bias)
     alignment, sides = checks.causal(causal), checks.window(window)
-    cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
+    cap = checks.softcap(softcap)
     p = checks.probability("dropout_p", dropout_p)
-    unusual = frozenset() if scale is None else unusual_scale(checks.finite("scale", scale))
+    unusual = frozenset() if scale is None else unusual_scale(checks.scale(scale))
     scale = default_scale(q) if scale is None else scale
     request = request_for(
         "attention",

@@ -47,11 +47,12 @@ def attention_weights(
         bias = bias.expand(batch, all_heads, sq, sk)[:, head][:, :, row]
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes[head]
+    # Not rounded: the kernels that made the lse did not, either.
     logits = reference.capped_logits(
-        q[:, head][:, :, row],
-        k,
-        default_scale(q) if scale is None else scale,
-        softcap or 0.0,
+        reference.widened(q[:, head][:, :, row]),
+        reference.widened(k),
+        default_scale(q) if scale is None else checks.scale(scale),
+        checks.softcap(softcap),
     )
     alignment = checks.causal(causal)
     logits = reference.add_bias_and_masks(

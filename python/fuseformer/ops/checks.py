@@ -10,6 +10,12 @@ from ..philox import draw_seed
 from ..reference import ACTIVATIONS
 from .registration import autocasts
 
+# Float32 tells no wider cap from none, and no narrower one from 0; no sequence is longer than the
+# window; logits of a larger scale would be past what float32 holds.
+_CAPS = (2.0**-60, 2.0**100)
+_WIDEST = 1 << 30
+_STEEPEST = 2.0**100
+
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -72,6 +78,22 @@ def finite(name: str, value: Any, *, positive: bool = False) -> float:
     return float(value)
 
 
+def softcap(value: Any) -> float:
+    """Return the public `softcap` argument as a number that float32 holds, 0 for none."""
+    if value is None:
+        return 0.0
+    least, most = _CAPS
+    return min(max(finite("softcap", value, positive=True), least), most)
+
+
+def scale(value: Any) -> float:
+    """Return `value` after requiring a number up to 2**100, of either sign."""
+    number = finite("scale", value)
+    if abs(number) > _STEEPEST:
+        raise ValueError(f"scale: got {value}, expected a number from -2**100 to 2**100")
+    return number
+
+
 def not_negative(name: str, value: Any) -> float:
     """Return `value` as a float after requiring it to be finite and 0 or more."""
     number = finite(name, value)
@@ -127,7 +149,7 @@ def window(value: Any) -> tuple[int, int]:
         or not all(isinstance(n, int) and n >= -1 for n in value)
     ):
         raise ValueError(f"window: got {value!r}, expected (left, right) of integers from -1 up")
-    return value[0], value[1]
+    return min(value[0], _WIDEST), min(value[1], _WIDEST)
 
 
 def dropout_seed(seed: Any, p: float, like: Tensor) -> Tensor | None:

@@ -193,7 +193,7 @@ def linear_cross_entropy(
         checks.shape("bias", bias, (weight.shape[0],), "(classes,)")
     checks.one_of("reduction", reduction, REDUCTIONS)
     smoothing = checks.probability("label_smoothing", label_smoothing)
-    cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
+    cap = checks.softcap(softcap)
     penalty = checks.not_negative("z_loss", z_loss)
     bound = None if max_supervised is None else checks.count("max_supervised", max_supervised)
     dtype = autocast_dtype(hidden)

@@ -10,7 +10,13 @@ from .. import reference
 from ..backends import choose_backend, record, request_for, requested_backend
 from . import checks
 from .attention import check_extras, default_scale, lse_dtype, unusual_scale, used_options
-from .registration import autocast_dtype, laid_out, register_autocast
+from .registration import (
+    autocast_dtype,
+    in_order,
+    laid_out,
+    lengths_within,
+    register_autocast,
+)
 
 
 @torch.library.custom_op("fuseformer::decode_attention", mutates_args=())
@@ -44,6 +50,9 @@ def _decode_attention(
         "triton": "fuseformer.kernels.decode",
         "cpu": "fuseformer.cpu.decode_attention",
     }
+    capacity = k_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
+    cache_lengths = lengths_within(cache_lengths, capacity)
+    block_table, alibi_slopes, sinks = map(in_order, (block_table, alibi_slopes, sinks))
     out, lse = importlib.import_module(module[backend]).decode_attention(
         q,
         k_cache,
@@ -192,8 +201,8 @@ def decode_attention(
         _validate(cache_lengths, capacity, block_table, k_cache.shape[0], k_cache.shape[2])
     checks.boolean("causal", causal)
     sides = checks.window(window)
-    cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
-    unusual = frozenset() if scale is None else unusual_scale(checks.finite("scale", scale))
+    cap = checks.softcap(softcap)
+    unusual = frozenset() if scale is None else unusual_scale(checks.scale(scale))
     scale = default_scale(q) if scale is None else scale
     dtype = autocast_dtype(q)
     request = request_for(

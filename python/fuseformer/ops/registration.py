@@ -25,6 +25,25 @@ def laid_out(x: Tensor, like: Tensor) -> Tensor:
     return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
+def in_order(x: Tensor | None) -> Tensor | None:
+    """Return a small tensor as every kernel reads it: contiguous.
+
+    Ops pass what has no strides of its own in a launch (offsets, slopes, sinks) through this, and
+    lengths through `lengths_within`, so that no backend need think of layouts.
+    """
+    return None if x is None else x.contiguous()
+
+
+def lengths_within(lengths: Tensor, most: int) -> Tensor:
+    """Return `lengths` in int32 and contiguous; they may be negative or more than `most` still.
+
+    Those of 64 bits are bounded first: kernels bound what they are given, but it would wrap.
+    """
+    if lengths.dtype != torch.int32:
+        lengths = lengths.clamp(0, most).to(torch.int32)
+    return lengths.contiguous()
+
+
 def absent(x: Tensor) -> Tensor | None:
     """Return None for the empty tensor that stands for a missing result, else `x`."""
     return None if x.shape == (0,) else x

@@ -21,6 +21,7 @@ from .attention import (
 from .registration import (
     absent,
     autocast_dtype,
+    in_order,
     laid_out,
     present,
     register_autocast,
@@ -67,6 +68,8 @@ def _varlen_attention(
         sinks=sinks,
     )
     record(request_for("varlen_attention", q, k, options=options, head_dim=q.shape[-1]), backend)
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    alibi_slopes, sinks = in_order(alibi_slopes), in_order(sinks)
     out, lse = _kernels(backend).varlen_attention_forward(
         q,
         k,
@@ -120,6 +123,8 @@ def _varlen_attention_backward(
     bias_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    alibi_slopes, sinks = in_order(alibi_slopes), in_order(sinks)
     dq, dk, dv, dbias, dsinks = _kernels(backend).varlen_attention_backward(
         dout,
         dlse,
@@ -275,9 +280,9 @@ def varlen_attention(
         full = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
         check_bias(q, bias, full, "(sequences, heads, max_seqlen_q, max_seqlen_k)")
     alignment, sides = checks.causal(causal), checks.window(window)
-    cap = 0.0 if softcap is None else checks.finite("softcap", softcap, positive=True)
+    cap = checks.softcap(softcap)
     p = checks.probability("dropout_p", dropout_p)
-    unusual = frozenset() if scale is None else unusual_scale(checks.finite("scale", scale))
+    unusual = frozenset() if scale is None else unusual_scale(checks.scale(scale))
     scale = default_scale(q) if scale is None else scale
     dtype = autocast_dtype(q)
     request = request_for(

@@ -16,6 +16,7 @@ from .attending import (
     softmax_with_lse,
     varlen_attention,
     visible,
+    without_padding,
 )
 from .blocks import (
     add_norm,
@@ -56,4 +57,5 @@ __all__ = [
     "varlen_attention",
     "visible",
     "widened",
+    "without_padding",
 ]

@@ -8,6 +8,10 @@ from torch import Tensor
 from ..philox import dropout_scale, keep_mask
 from .numerics import widened
 
+#: ALiBi's slopes are bounded by it in float32: times any distance it is finite there, and no
+#: softmax tells steeper ones apart.
+STEEPEST_SLOPE = 2.0**96
+
 
 def diagonal_offset(
     alignment: str, queries: int, keys: int, key_lengths: Tensor | None
@@ -42,9 +46,31 @@ def visible(distance: Tensor, causal: bool, window: tuple[int, int]) -> Tensor:
     return seen
 
 
+def without_padding(
+    x: Tensor, key_padding_mask: Tensor | None, key_lengths: Tensor | None
+) -> Tensor:
+    """Return keys or values (B, Hkv, Sk, D) with zeros where they are padding.
+
+    What a cache or a buffer holds there may be NaN, of which 0 times is NaN.
+    """
+    if key_padding_mask is not None:
+        x = x.masked_fill(key_padding_mask[:, None, :, None], 0.0)
+    if key_lengths is not None:
+        beyond = torch.arange(x.shape[2], device=x.device) >= key_lengths[:, None]  # (B, Sk)
+        x = x.masked_fill(beyond[:, None, :, None], 0.0)
+    return x
+
+
 def capped_logits(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
-    """Return ``q @ k.T * scale`` (B, H, R, C), capped by a `softcap` other than 0."""
-    logits = widened(q @ k.transpose(-2, -1)) * scale
+    """Return ``q @ k.T * scale`` (B, H, R, C), capped by a `softcap` other than 0.
+
+    In half precision they are rounded as plain PyTorch's are, but not before they are scaled:
+    products may be past what it holds.
+    """
+    logits = widened(q) @ widened(k).transpose(-2, -1) * scale
+    if logits.dtype != q.dtype:
+        most = torch.finfo(q.dtype).max
+        logits = widened(logits.clamp(-most, most).to(q.dtype))
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
@@ -68,6 +94,7 @@ def add_bias_and_masks(
     chosen positions `bias` holds just those. `offset` is that of `diagonal_offset`.
     """
     if bias is not None:
+        bias = bias[(None,) * (4 - bias.ndim)]
         if bias.shape[-2] > 1 and isinstance(rows, range):
             bias = bias[..., rows.start : rows.stop, :]
         if bias.shape[-1] > 1:
@@ -80,7 +107,10 @@ def add_bias_and_masks(
     column = torch.arange(columns.start, columns.stop, device=logits.device)
     distance = column - (row[:, None] + offset)  # (R, C) or (B, 1, R, C), positive: the future
     if alibi_slopes is not None:
-        logits = logits - alibi_slopes.to(logits.dtype)[:, None, None] * distance.abs()
+        slopes = alibi_slopes.to(logits.dtype)
+        if slopes.dtype == torch.float32:
+            slopes = slopes.clamp(-STEEPEST_SLOPE, STEEPEST_SLOPE)
+        logits = logits - slopes[:, None, None] * distance.abs()
     if causal or window != (-1, -1):
         logits = logits.masked_fill(~visible(distance, causal, window), -math.inf)
     if key_padding_mask is not None:
@@ -148,7 +178,7 @@ def attention(
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1.
     """
     batch, heads, sq, head_dim = q.shape
-    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+    k, v = (repeat_heads(without_padding(x, key_padding_mask, key_lengths), heads) for x in (k, v))
     sk = k.shape[2]
     logits = capped_logits(q, k, 1 / math.sqrt(head_dim) if scale is None else scale, softcap)
     logits = add_bias_and_masks(
@@ -227,6 +257,9 @@ def varlen_attention(
         )
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
+    unowned = max(0, q.shape[0] - starts_q[-1])  # rows that no sequence owns get 0
+    outs.append(q.new_zeros(unowned, *q.shape[1:]))
+    lses.append(lses[0].new_full((q.shape[1], unowned), -math.inf))
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
@@ -265,8 +298,7 @@ def decode_attention(
     heads, sq = q.shape[1:3]
     k, v = cached_rows(k_cache, block_table), cached_rows(v_cache, block_table)
     capacity = k.shape[2]
-    beyond = torch.arange(capacity, device=q.device) >= cache_lengths[:, None]
-    k, v = (repeat_heads(x.masked_fill(beyond[:, None, :, None], 0.0), heads) for x in (k, v))
+    k, v = (repeat_heads(without_padding(x, None, cache_lengths), heads) for x in (k, v))
     logits = add_bias_and_masks(
         capped_logits(q, k, scale, softcap),
         rows=range(sq),
