@@ -66,7 +66,7 @@ BUGS = {
     ),
     "every head reads the bias of the first": (
         "attention_logits.py",
-        "head.to(tl.int64) * stride_bias_h",
+        "head.to(tl.int64) * aligned(stride_h, BIAS_ALIGN)",
         "head.to(tl.int64) * 0",
         BIAS,
     ),

@@ -68,7 +68,7 @@ def capped_logits(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
     products may be past what it holds.
     """
     logits = widened(q) @ widened(k).transpose(-2, -1) * scale
-    if logits.dtype != q.dtype:
+    if widened(q[:0]).dtype != q.dtype:
         most = torch.finfo(q.dtype).max
         logits = widened(logits.clamp(-most, most).to(q.dtype))
     return softcap * torch.tanh(logits / softcap) if softcap else logits
