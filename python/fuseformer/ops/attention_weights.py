@@ -1,6 +1,7 @@
 """The probabilities of attention, for looking at: what the fused op never writes."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,9 @@ def attention_weights(
     checks.shape("lse", lse, tuple(q.shape[:3]), "(batch, heads, queries)")
     batch, all_heads, sq, _ = q.shape
     sk = k.shape[2]
-    head = torch.tensor(range(all_heads) if heads is None else heads, device=q.device)
-    row = torch.tensor(range(sq) if rows is None else rows, device=q.device)
+    integers: dict[str, Any] = {"dtype": torch.int64, "device": q.device}
+    head = torch.tensor(range(all_heads) if heads is None else heads, **integers)
+    row = torch.tensor(range(sq) if rows is None else rows, **integers)
     k = k[:, head // (all_heads // k.shape[1])]
     if bias is not None:
         bias = bias.expand(batch, all_heads, sq, sk)[:, head][:, :, row]

@@ -235,7 +235,7 @@ def varlen_attention(
     `q` is (Tq, H, D), `k` and `v` (Tk, Hkv, D); sequence n owns the rows ``cu_seqlens[n]`` to
     ``cu_seqlens[n + 1]`` of each. `bias` broadcasts to (N, H, longest queries, longest keys).
     """
-    outs, lses = [q.new_zeros(0, *q.shape[1:])], [widened(q.new_zeros(q.shape[1], 0))]
+    outs, lses = [q[:0]], [widened(q.new_zeros(q.shape[1], 0))]
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for n in range(len(starts_q) - 1):
         rows = slice(starts_q[n], starts_q[n + 1])
