@@ -64,7 +64,7 @@ sdist: $(READY)
 
 sanitize: $(READY)
 	FUSEFORMER_SANITIZE=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
-		--dist worksteal -q tests/test_kernels_*.py tests/test_drawn_calls.py
+		--dist worksteal -q tests/test_kernels_*.py tests/test_properties.py
 
 compile-matrix: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench scores --workers $(WORKERS) \
