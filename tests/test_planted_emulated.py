@@ -25,6 +25,7 @@ PLAIN = Case((2, 1), (150, 300), 64, BF16)
 # Steps of queries that hide something lie on both sides of those that do not.
 TALL = Case((1, 1), (300, 290), 64, BF16, "top_left")
 CAUSAL = Case((2, 1), (150, 300), 64, BF16, "bottom_right")
+GROUPED = Case((4, 2), (150, 300), 64, BF16)
 WINDOW = Case((1, 1), (200, 300), 64, BF16, window=(40, 20))
 LENGTHS = Case((2, 2), (70, 300), 64, BF16, key_lengths=(150, 0), batch=2)
 CAUSAL_LENGTHS = Case((1, 1), (70, 200), 64, BF16, "bottom_right", key_lengths=(150, 40), batch=2)
@@ -213,24 +214,38 @@ BUGS = {
     ),
     "backward: a turn is passed on before all have added": (
         KEY_BLOCK,
-        "    if constexpr (!kShared) {\n      at.added_to = step;",
-        "    if (given.dq_turns != nullptr && threadIdx.x == 0) pass_turn(turns(step));\n"
+        "    if constexpr (!kShared) {\n      at.added_to = visit;",
+        "    if (given.dq_turns != nullptr && threadIdx.x == 0) pass_turn(turns(visit));\n"
         "    if constexpr (!kShared) {\n      at.added_to = -1;",
         PLAIN,
         "outside of its turn",
     ),
-    "backward: sums are not published before their turn is passed on": (
-        KEY_BLOCK,
-        "if (given.dq_turns != nullptr) publish();",
-        "",
+    "backward: a turn is passed on ahead of the barrier behind its sums": (
+        BACKWARD,
+        "      block_barrier();\n      queries.pass_last_turn();",
+        "      queries.pass_last_turn();\n      block_barrier();",
         PLAIN,
-        "before all sums are published",
+        "before all sums are added",
     ),
-    "backward: the steps behind the full ones are taken for the last": (
-        "attention/mask.h",
-        "(step == full_end ? full_begin : step) - 1",
-        "step - 1",
+    "backward: the tiles below the full ones are taken for full": (
+        "attention/backward_order.h",
+        "} while (visit >= visits().full_begin);",
+        "} while (visit >= 0);",
         TALL,
+        WRONG,
+    ),
+    "backward: the first tile may lack rows, the copies of the second assume none": (
+        BACKWARD,
+        "if (next >= 0) begin_copies(masked, next, stage ^ 1);",
+        "if (next >= 0) begin_copies(Constant<false>(), next, stage ^ 1);",
+        GROUPED,
+        BOUNDS,
+    ),
+    "backward: heads of a group share their sums": (
+        KEY_BLOCK,
+        "kept().work_step + member(visit) * (given.workspace_rows / kBlockM)",
+        "kept().work_step",
+        GROUPED,
         WRONG,
     ),
     "backward: a turn is passed twice": (
@@ -238,7 +253,7 @@ BUGS = {
         "threadIdx.x != 0) return;",
         "threadIdx.x > 1) return;",
         PLAIN,
-        "does not come",
+        "not waited for",
     ),
     "backward: no turn is waited for": (
         BACKWARD,

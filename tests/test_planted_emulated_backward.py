@@ -41,6 +41,7 @@ WIDE = (Case(130, 256, 104, BF16, "silu"), 1)
 KERNEL, WARP = "feed_forward/backward_kernel.h", "feed_forward/backward_warp.h"
 FINISH = "feed_forward/backward_finish.h"
 TURN = "does not come"
+PASS = "    if (thread == 0 && step + 1 < end) pass_turn(given.turns + step + 1);\n"
 
 # file, correct text, planted text, the case that must fail, and how
 BUGS = {
@@ -219,19 +220,19 @@ BUGS = {
         PLAIN,
         "not waited for",
     ),
-    "sums are not published before their turn is passed on": (
+    "a turn is passed on ahead of the barrier behind its sums": (
         KERNEL,
-        "    publish();\n",
-        "",
+        f"    block_barrier();\n{PASS}",
+        f"{PASS}    block_barrier();\n",
         PLAIN,
-        "before all sums are published",
+        "before all sums are added",
     ),
     "a turn is passed twice": (
         KERNEL,
         "if (thread == 0 && step + 1 < end) pass_turn",
         "if (thread < 2 && step + 1 < end) pass_turn",
         PLAIN,
-        TURN,
+        "not waited for",
     ),
     "the last turn is not passed on": (
         KERNEL,

@@ -72,21 +72,14 @@ BUGS = {
         PLAIN,
         RACE,
     ),
-    "the next head begins before all have left this one": (
+    "the last turn is passed on ahead of the barrier behind its sums": (
         KERNEL,
         "    block_barrier();\n    queries.pass_last_turn",
         "    queries.pass_last_turn",
         PLAIN,
-        RACE,
+        "before all sums are added",
     ),
-    "what steps have in common is read while that of the next head is written": (
-        KERNEL,
-        "    member = queries.next_member();\n    block_barrier();\n",
-        "    block_barrier();\n    member = queries.next_member();\n",
-        PLAIN,
-        RACE,
-    ),
-    "no barrier before what steps have in common is read": (
+    "no barrier before what visits have in common is read": (
         KEY_BLOCK,
         "at;\n      block_barrier();\n",
         "at;\n",

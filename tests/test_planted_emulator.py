@@ -68,10 +68,10 @@ MUTANTS = {
         "passer->second > block.number",
         "passer->second > block.number + 9",
     ),
-    "sums need not be published": (
+    "a barrier before a turn is passed on is not needed": (
         "primitives.cpp",
-        "current->unpublished = block.has_sums = true;",
-        "block.has_sums = true;",
+        "if (&thread != current && !seen) {",
+        "if (false && !seen) {",
     ),
     "sums may come outside of a turn": (
         "primitives.cpp",

@@ -3,7 +3,7 @@
 // With P the probabilities, M the dropout mask times its factor, dP = (dO V^T) * M and
 // delta = rowsum(dO * O) - dlse, the gradient of the logits is dS = P * (dP - delta), and
 // dv = (P * M)^T dO, dk = dS^T Q, dq = dS K. Blocks add to dq one after the other, in the order of
-// their keys: the sum is the same in every run.
+// their keys (`backward_order.h`): the sum is the same in every run.
 //
 // Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
 // 2023.
@@ -189,8 +189,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   // Whether the sums leave no registers for what steps have in common. At 96 random words take
   // them.
   constexpr bool kFull = Traits::kHeadDim * Traits::kBlockM >= 8192;
-  using Queries = QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes,
-                             kFull || (kDropout && Traits::kHeadDim == 96)>;
+  using Queries = QueryVisits<Traits, Traits::kSharedBytes - kKeptBytes,
+                              kFull || (kDropout && Traits::kHeadDim == 96)>;
   using Layout = Tile<Traits::kHeadDim>;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kKeyBytes = Warp::kKeyBytes, kQueryBytes = Warp::kQueryBytes;
@@ -230,36 +230,35 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
 
-  for (int member = 0; member < params.group;) {
-    Queries queries(given, member);
-    if (queries.kept().steps.count() == 0) break;  // so it is for all heads
-
-    const auto begin_copies = [&](auto bounded, int step, int stage) {
+  Queries queries(given);
+  if (queries.kept().visits.count() > 0) {
+    const auto begin_copies = [&](auto bounded, int visit, int stage) {
       constexpr bool kBounded = decltype(bounded)::value;
       const SharedAddress lse = shared + Warp::kRowValues + 8 * stage * kBlockM;
       queries.template begin_queries<kBounded>(shared + Warp::kQueries + stage * kQueryBytes, lse,
-                                               step);
+                                               visit);
       queries.template begin_dout<kBounded>(shared + Warp::kDout + stage * kQueryBytes,
-                                            lse + 4 * kBlockM, step);
+                                            lse + 4 * kBlockM, visit);
       copy_async_commit();
     };
 
     int stage = 0;
-    const auto add_step = [&](auto masked, int step, int next) {
+    const auto add_visit = [&](auto masked, int visit, int next) {
       constexpr bool kMasked = decltype(masked)::value;
-      // Everyone has left the last step, and this step's copies are in.
+      // All threads have left the last visit, and the copies of this one are in.
       copy_async_wait<0>();
       block_barrier();
       queries.pass_last_turn();
       if constexpr (Traits::kStages == 2) {
-        if (next >= 0) begin_copies(Constant<false>(), next, stage ^ 1);
+        if (next >= 0) begin_copies(masked, next, stage ^ 1);
       }
       float weights[Warp::kQueryTiles][4] = {};
       warp.multiply_transposed(weights, warp.k, shared,
                                shared + Warp::kQueries + stage * kQueryBytes);
       const Place place;
       const int lane_row = place.lane % 4 * 2, lane_key = 16 * place.warp + place.lane / 4;
-      const int row = step * kBlockM + lane_row, key = queries.kept().block.key + lane_key;
+      const int row = queries.step(visit) * kBlockM + lane_row,
+                key = queries.kept().block.key + lane_key;
       if constexpr (kMasked)
         hide_transposed(weights, params, queries.kept().block.sequence, row, key);
       const float* row_values =
@@ -288,8 +287,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
         const Place again;
         const int first_key = queries.kept().block.key + 16 * again.warp + again.lane / 4;
         const uint32_t kept = kept_transposed<Warp::kQueryTiles>(
-            queries.kept().seed, queries.kept().block.batch, queries.kept().head,
-            step * kBlockM + again.lane % 4 * 2, first_key, params.dropout_threshold);
+            queries.kept().seed, queries.kept().block.batch, queries.head(visit),
+            queries.step(visit) * kBlockM + again.lane % 4 * 2, first_key,
+            params.dropout_threshold);
         FUSEFORMER_UNROLL
         for (int i = 0; i < Warp::kQueryTiles; ++i) {
           FUSEFORMER_UNROLL
@@ -320,26 +320,25 @@ __global__ void __launch_bounds__(Traits::kThreads)
       if constexpr (!kFull) warp.store(dlogit_operand);
       warp.add_product(warp.dk, dlogit_operand, shared + Warp::kQueries + stage * kQueryBytes);
       if (given.dq_turns != nullptr && thread == 0) {
-        wait_for_turn(queries.turns(step), queries.turn(step));
+        wait_for_turn(queries.turns(visit), queries.turn(visit));
       }
       block_barrier();
       if constexpr (Traits::kStages == 1) {
-        if (next >= 0) begin_copies(Constant<false>(), next, 0);
+        if (next >= 0) begin_copies(masked, next, 0);
       }
       float dq[Warp::kColumnTiles][4] = {};
       warp.multiply_keys(dq, shared);
-      float* sums = queries.sums(step);
+      float* sums = queries.sums(visit);
       FUSEFORMER_UNROLL
       for (int i = 0; i < Warp::kColumnTiles; ++i) {
         FUSEFORMER_UNROLL
         for (int j = 0; j < 4; ++j) atomic_add(sums + (4 * i + j) * Traits::kThreads, dq[i][j]);
       }
-      queries.has_added_to(step);
+      queries.has_added_to(visit);
       if constexpr (Traits::kStages == 2) stage ^= 1;
     };
-    begin_copies(Constant<true>(), queries.kept().steps.at(0), 0);
-    queries.for_each(add_step);
-    member = queries.next_member();
+    begin_copies(Constant<true>(), queries.kept().visits.end - 1, 0);
+    queries.for_each(add_visit);
     block_barrier();
     queries.pass_last_turn();
   }

@@ -67,26 +67,24 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
 
-  for (int member = 0; member < params.group;) {
-    QuerySteps<Traits, Traits::kSharedBytes - kKeptBytes, true> queries(given, member);
-    if (queries.kept().steps.count() == 0) break;  // so it is for all heads
-
-    // A step has two groups of copies: queries with their lse, dout with delta.
-    const auto begin_queries = [&](auto bounded, int step) {
+  QueryVisits<Traits, Traits::kSharedBytes - kKeptBytes, true> queries(given);
+  if (queries.kept().visits.count() > 0) {
+    // A visit has two groups of copies: queries with their lse, dout with delta.
+    const auto begin_queries = [&](auto bounded, int visit) {
       queries.template begin_queries<decltype(bounded)::value>(shared + Warp::kQueries,
-                                                               shared + Warp::kRowValues, step);
+                                                               shared + Warp::kRowValues, visit);
       copy_async_commit();
     };
-    const auto begin_dout = [&](auto bounded, int step) {
+    const auto begin_dout = [&](auto bounded, int visit) {
       queries.template begin_dout<decltype(bounded)::value>(
-          shared + Warp::kDout, shared + Warp::kRowValues + 4 * kBlockM, step);
+          shared + Warp::kDout, shared + Warp::kRowValues + 4 * kBlockM, visit);
       copy_async_commit();
     };
 
-    const auto add_step = [&](auto masked, int step, int next) {
+    const auto add_visit = [&](auto masked, int visit, int next) {
       constexpr bool kMasked = decltype(masked)::value;
-      // Everyone has left the last step, and the queries of this one are in; dout may be on its
-      // way.
+      // All threads have left the last visit, and the queries of this one are in; dout may be on
+      // its way.
       copy_async_wait<1>();
       block_barrier();
       queries.pass_last_turn();
@@ -94,7 +92,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       warp.multiply_keys(weights, shared);
       const Place place;
       const int lane_row = place.row + place.lane / 4;
-      const int row = step * kBlockM + lane_row;
+      const int row = queries.step(visit) * kBlockM + lane_row;
       const int key = queries.kept().block.key + place.key + place.lane % 4 * 2;
       if constexpr (kMasked) hide(weights, params, queries.kept().block.sequence, row, key);
       const float* row_values =
@@ -124,7 +122,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       warp.multiply_values(dlogits, shared);
       if constexpr (kDropout) {
         drop_gradients(weights, dlogits, queries.kept().seed, queries.kept().block.batch,
-                       queries.kept().head, row, key, params.dropout_threshold,
+                       queries.head(visit), row, key, params.dropout_threshold,
                        params.dropout_scale, row_values + kBlockM);
       } else {
         FUSEFORMER_UNROLL
@@ -136,16 +134,16 @@ __global__ void __launch_bounds__(Traits::kThreads)
       warp.store(weights, dlogits);
       block_barrier();
       warp.add_product(warp.dk, shared + Warp::kGradients, shared + Warp::kQueries);
-      // The copies of the next step begin as soon as everyone has read what they overwrite.
+      // The copies of the next visit begin as soon as everyone has read what they overwrite.
       block_barrier();
-      if (next >= 0) begin_queries(Constant<false>(), next);
+      if (next >= 0) begin_queries(masked, next);
       warp.add_product(warp.dv, shared + Warp::kProbabilities, shared + Warp::kDout);
       if (given.dq_turns != nullptr && thread == 0) {
-        wait_for_turn(queries.turns(step), queries.turn(step));
+        wait_for_turn(queries.turns(visit), queries.turn(visit));
       }
       block_barrier();
-      if (next >= 0) begin_dout(Constant<false>(), next);
-      float* sums = queries.sums(step);
+      if (next >= 0) begin_dout(masked, next);
+      float* sums = queries.sums(visit);
       FUSEFORMER_UNROLL
       for (int part = 0; part < Warp::kParts; ++part) {
         float dq[Warp::kPartTiles][4] = {};
@@ -159,13 +157,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
           }
         }
       }
-      queries.has_added_to(step);
+      queries.has_added_to(visit);
     };
-    const int first = queries.kept().steps.at(0);
+    const int first = queries.kept().visits.end - 1;
     begin_queries(Constant<true>(), first);
     begin_dout(Constant<true>(), first);
-    queries.for_each(add_step);
-    member = queries.next_member();
+    queries.for_each(add_visit);
     block_barrier();
     queries.pass_last_turn();
   }

@@ -1,4 +1,4 @@
-// What the backward kernels share: the block of keys that a block owns, its steps over queries, and
+// What the backward kernels share: the block of keys that a block owns, its visits to queries, and
 // how dk and dv leave it.
 //
 // Their sums leave few registers. What a step does not need is computed again where it is used.
@@ -7,7 +7,7 @@
 #include "../device/atomic.h"
 #include "../device/philox.h"
 #include "../device/tile.h"
-#include "mask.h"
+#include "backward_order.h"
 #include "traits.h"
 #include "workspace.h"
 
@@ -43,39 +43,36 @@ FUSEFORMER_DEVICE KeyBlock key_block(const AttentionParams& params) {
   return block;
 }
 
-// The steps of queries of one head that a block of keys takes. What they have in common is kept in
-// registers or, where the sums leave none, in shared memory at `kPlace`: one thread writes it, a
-// step reads what it needs.
+// The visits of a block of keys. What they have in common is kept in registers or, where the sums
+// leave none, in shared memory at `kPlace`: one thread writes it, a visit reads what it needs.
 template <typename Traits, int kPlace, bool kShared>
-struct QuerySteps {
+struct QueryVisits {
   static constexpr int kBlockM = Traits::kBlockM;
 
   struct Kept {
     KeyBlock block;
-    int head;
-    int work_step;  // the first step of the sequence and head in the workspaces
+    int work_step;  // the first tile of the sequence and of its first head in the workspaces
     const char* q_rows;
     const char* dout_rows;
-    Steps steps;
+    Visits visits;
     PhiloxKey seed;  // of dropout
-    int added_to;    // the last step whose dq has been added to, or -1
+    int added_to;    // the last visit whose dq has been added, or -1
   };
   static_assert(sizeof(Kept) <= kKeptBytes && kPlace % alignof(Kept) == 0);
 
   const AttentionGradientParams& given;
   Kept at;
 
-  // Waits for all threads of the block: none may be within a step of another head.
-  FUSEFORMER_DEVICE QuerySteps(const AttentionGradientParams& all, int member) : given(all) {
+  FUSEFORMER_DEVICE explicit QueryVisits(const AttentionGradientParams& all) : given(all) {
     const AttentionParams& params = all.forward;
     at.block = key_block<Traits::kBlockN>(params);
     const Sequence& sequence = at.block.sequence;
-    at.head = at.block.kv_head * params.group + member;
-    at.work_step = at.head * (all.workspace_rows / kBlockM) +
+    const int first_head = at.block.kv_head * params.group;
+    at.work_step = first_head * (all.workspace_rows / kBlockM) +
                    workspace_row<kBlockM>(params, at.block.batch) / kBlockM;
-    at.q_rows = at.block.rows_of(params.q, at.head, sequence.first_query);
-    at.dout_rows = at.block.rows_of(all.dout, at.head, sequence.first_query);
-    at.steps = query_steps<kBlockM, Traits::kBlockN>(params, sequence, at.block.key);
+    at.q_rows = at.block.rows_of(params.q, first_head, sequence.first_query);
+    at.dout_rows = at.block.rows_of(all.dout, first_head, sequence.first_query);
+    at.visits = query_visits<kBlockM, Traits::kBlockN>(params, sequence, at.block.key);
     at.seed = params.seed == nullptr ? PhiloxKey{0, 0} : seed_of(params.seed);
     at.added_to = -1;
     if constexpr (kShared) {
@@ -89,59 +86,52 @@ struct QuerySteps {
     return at;
   }
 
-  // The place in its group of the head after this one: a count would take a register in all steps.
-  FUSEFORMER_DEVICE int next_member() const { return kept().head % given.forward.group + 1; }
+  FUSEFORMER_DEVICE int step(int visit) const { return visit / given.forward.group; }
+  FUSEFORMER_DEVICE int member(int visit) const { return visit % given.forward.group; }
+  FUSEFORMER_DEVICE int head(int visit) const {
+    return kept().block.kv_head * given.forward.group + member(visit);
+  }
 
   // Only the first thread of the block passes turns: for it alone is what it has added to.
   FUSEFORMER_DEVICE void pass_last_turn() const {
     if (given.dq_turns == nullptr || threadIdx.x != 0) return;
-    if (const int step = kept().added_to; step >= 0) pass_turn(turns(step));
+    if (const int visit = kept().added_to; visit >= 0) pass_turn(turns(visit));
   }
-  FUSEFORMER_DEVICE void has_added_to(int step) {
-    if (given.dq_turns != nullptr) publish();
+  FUSEFORMER_DEVICE void has_added_to(int visit) {
     if constexpr (!kShared) {
-      at.added_to = step;
+      at.added_to = visit;
     } else if (threadIdx.x == 0) {
-      place().added_to = step;
+      place().added_to = visit;
     }
   }
 
-  // What counts the blocks that have added to a step, and how many go before this one.
-  FUSEFORMER_DEVICE int* turns(int step) const { return given.dq_turns + kept().work_step + step; }
-  FUSEFORMER_DEVICE int turn(int step) const {
+  // What counts the blocks that have added to dq of a tile, and how many go before this one.
+  FUSEFORMER_DEVICE int* turns(int visit) const { return given.dq_turns + tile(visit); }
+  FUSEFORMER_DEVICE int turn(int visit) const {
     const KeyBlock& block = kept().block;
-    return turn_of<kBlockM, Traits::kBlockN>(given.forward, block.sequence, block.key, step);
+    return turn_of<kBlockM, Traits::kBlockN>(given.forward, block.sequence, block.key, step(visit));
   }
 
-  // Where a thread adds to dq of a step: its sums lie a block's number of threads apart.
-  FUSEFORMER_DEVICE float* sums(int step) const {
-    return given.dq_sums + int64_t{kBlockM * Traits::kHeadDim} * (kept().work_step + step) +
-           threadIdx.x;
+  // Where a thread adds to dq of a tile: its sums lie a block's number of threads apart.
+  FUSEFORMER_DEVICE float* sums(int visit) const {
+    return given.dq_sums + int64_t{kBlockM * Traits::kHeadDim} * tile(visit) + threadIdx.x;
   }
 
-  // Begin the copies of a step: rows, of which only the first step may lack some, and the numbers
-  // of each row.
+  // Begin the copies of a visit: rows, of which only those of the first tile may not exist, and
+  // the numbers of each row.
   template <bool kBounded>
-  FUSEFORMER_DEVICE void begin_queries(SharedAddress rows, SharedAddress lse, int step) const {
-    begin<kBounded>(given.forward.q, kept().q_rows, rows, given.lse_log2, lse, step);
+  FUSEFORMER_DEVICE void begin_queries(SharedAddress rows, SharedAddress lse, int visit) const {
+    begin<kBounded>(given.forward.q, kept().q_rows, rows, given.lse_log2, lse, visit);
   }
   template <bool kBounded>
-  FUSEFORMER_DEVICE void begin_dout(SharedAddress rows, SharedAddress delta, int step) const {
-    begin<kBounded>(given.dout, kept().dout_rows, rows, given.delta, delta, step);
+  FUSEFORMER_DEVICE void begin_dout(SharedAddress rows, SharedAddress delta, int visit) const {
+    begin<kBounded>(given.dout, kept().dout_rows, rows, given.delta, delta, visit);
   }
 
-  // Calls `take(masked, step, next)` for each step in its order, `next` being -1 for the last one.
+  // Calls `take(masked, visit, next)` for each visit in its order.
   template <typename Function>
   FUSEFORMER_DEVICE void for_each(Function&& take) const {
-    int step = kept().steps.at(0);
-    while (step >= 0 && !kept().steps.is_full(step)) {
-      take(Constant<true>(), step, kept().steps.after_masked(step));
-      step = kept().steps.after_masked(step);
-    }
-    while (step >= 0) {
-      take(Constant<false>(), step, kept().steps.after_full(step));
-      step = kept().steps.after_full(step);
-    }
+    for_each_visit([this]() -> const Visits& { return kept().visits; }, take);
   }
 
  private:
@@ -149,20 +139,24 @@ struct QuerySteps {
     return *reinterpret_cast<Kept*>(dynamic_shared() + kPlace);
   }
 
+  // The tile of a visit in the workspaces.
+  FUSEFORMER_DEVICE int tile(int visit) const {
+    return kept().work_step + member(visit) * (given.workspace_rows / kBlockM) + step(visit);
+  }
+
   template <bool kBounded>
   FUSEFORMER_DEVICE void begin(const HeadTensor& tensor, const char* from, SharedAddress rows,
-                               const float* values, SharedAddress row_values, int step) const {
+                               const float* values, SharedAddress row_values, int visit) const {
     const int thread = thread_again<Traits::kThreads>();
     const TileCopy<Traits::kHeadDim, kBlockM, Traits::kThreads> copy(thread, tensor.row_stride);
-    from += 2 * step * kBlockM * tensor.row_stride;
+    from += 2 * (step(visit) * kBlockM * tensor.row_stride + member(visit) * tensor.head_stride);
     if constexpr (kBounded) {
-      copy.begin_bounded(rows, from, kept().block.sequence.queries - step * kBlockM);
+      copy.begin_bounded(rows, from, kept().block.sequence.queries - step(visit) * kBlockM);
     } else {
       copy.begin(rows, from);
     }
     if (thread < kBlockM / 4) {
-      copy_async_16(row_values + thread * 16,
-                    values + int64_t{kBlockM} * (kept().work_step + step) + thread * 4);
+      copy_async_16(row_values + thread * 16, values + int64_t{kBlockM} * tile(visit) + thread * 4);
     }
   }
 };

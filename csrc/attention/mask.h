@@ -49,14 +49,6 @@ struct Steps {
 
   FUSEFORMER_DEVICE bool is_full(int step) const { return step >= full_begin && step < full_end; }
 
-  // The step that is taken after one that hides something, or -1; the same after one that does not.
-  FUSEFORMER_DEVICE int after_masked(int step) const {
-    const int below = (step == full_end ? full_begin : step) - 1;
-    if (below >= begin) return below;
-    return full_end > full_begin ? full_end - 1 : -1;
-  }
-  FUSEFORMER_DEVICE int after_full(int step) const { return step > full_begin ? step - 1 : -1; }
-
   // The step that is taken at place `index`.
   FUSEFORMER_DEVICE int at(int index) const {
     const int step = end - 1 - index;
@@ -99,14 +91,6 @@ FUSEFORMER_DEVICE Steps query_steps(const AttentionParams& params, const Sequenc
   return steps_of<kBlockM>(first - params.window_right, last < first ? 0 : seen_end,
                            last - params.window_right,
                            padded ? 0 : minimum(s.queries, first + params.window_left + 1));
-}
-
-// How many blocks of keys before this one take a step of queries: they add to its dq in their
-// order.
-template <int kBlockM, int kBlockN>
-FUSEFORMER_DEVICE int turn_of(const AttentionParams& params, const Sequence& s, int key, int step) {
-  const int first = maximum(0, step * kBlockM + s.diagonal - params.window_left) / kBlockN;
-  return key / kBlockN - first;
 }
 
 // The keys that one row sees, from `begin` up to `end`.

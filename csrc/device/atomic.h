@@ -12,19 +12,21 @@ FUSEFORMER_DEVICE void atomic_add(float* target, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target), "f"(x) : "memory");
 }
 
-// Waits until `*counter` is `value`, one thread of the block; what others wrote before `pass_turn`
-// is seen afterwards by all threads behind a barrier. Blocks of smaller numbers must get there.
+// Waits until `*counter` is at least `value`, one thread of the block. Behind a barrier all threads
+// then see what others added before `pass_turn`. A counter that is ahead lets the block go on; one
+// that nobody advances, for at least tens of seconds, ends the launch with an error.
 FUSEFORMER_DEVICE void wait_for_turn(const int* counter, int value) {
-  int seen;
-  do {
+  for (uint32_t polls = 1u << 26;; --polls) {
+    int seen;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen != value);
+    if (seen >= value) return;
+    if (polls == 0) asm volatile("trap;");
+  }
 }
 
-// Makes what this thread has added visible to all blocks, before a barrier and `pass_turn`.
-FUSEFORMER_DEVICE void publish() { __threadfence(); }
-
-// Adds one to `*counter`, one thread of the block, after a barrier.
+// Adds one to `*counter`: one thread, behind a barrier that follows the last sum of each thread of
+// the block. In the PTX memory model the barrier orders all these sums before the release, which is
+// cumulative: whoever acquires the counter sees them too. So no other thread needs a fence.
 FUSEFORMER_DEVICE void pass_turn(int* counter) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
@@ -33,7 +35,6 @@ FUSEFORMER_DEVICE void pass_turn(int* counter) {
 
 void atomic_add(float* target, float x);
 void wait_for_turn(const int* counter, int value);
-void publish();
 void pass_turn(int* counter);
 
 #endif

@@ -39,6 +39,7 @@ void named_barrier(int id, int threads) {
   }
   barrier.expected = threads;
   ++report.counters.barriers;
+  if (threads == size) current->has_sums = false;
   barrier.waiting.push_back(current->number);
   if (static_cast<int>(barrier.waiting.size()) < threads) {
     wait(id ? "a named barrier" : "a barrier of the block");

@@ -166,7 +166,8 @@ void atomic_add(float* target, float x) {
   }
   if (instrumented) check_access(target, 4, Access::kAtomic, CALLER);
   *target += x;
-  current->unpublished = block.has_sums = true;
+  current->has_sums = block.has_sums = true;
+  if (instrumented) current->summed = current->clocks[current->number];
   if (!block.takes_turns) return;
   if (block.turns.empty() || !has_seen(block.waiter, block.waited)) {
     error("a sum outside of its turn", CALLER);
@@ -174,9 +175,9 @@ void atomic_add(float* target, float x) {
 }
 
 // Sums that are not kept in order may come out in order by chance. So whoever passes a turn on must
-// have waited for it; all threads of the block add behind a barrier after that, and publish what
-// they have added before a barrier ahead of passing it on. And who waits for a block of a larger
-// number may wait for one that does not begin while it waits.
+// have waited for it; all threads of the block add behind a barrier after that, and come to another
+// one before it is passed on: the barrier and the passer's release make them visible. And who waits
+// for a block of a larger number may wait for one that does not begin while it waits.
 void wait_for_turn(const int* counter, int value) {
   if (!in_global(counter, 4)) give_up("out of bounds: turn beside all allocations");
   wait_for(counter, value);
@@ -192,17 +193,13 @@ void wait_for_turn(const int* counter, int value) {
   block.waited = instrumented ? current->clocks[current->number] : 0;
 }
 
-void publish() {
-  current->unpublished = false;
-  if (instrumented) current->published = current->clocks[current->number];
-}
-
 void pass_turn(int* counter) {
   if (!in_global(counter, 4)) give_up("out of bounds: turn beside all allocations");
   if (!block.turns.erase(counter)) error("a turn is passed on that was not waited for", CALLER);
   for (const Thread& thread : block.threads) {
-    if (thread.unpublished || !has_seen(thread.number, thread.published)) {
-      error("a turn is passed on before all sums are published", CALLER);
+    const bool seen = instrumented ? has_seen(thread.number, thread.summed) : !thread.has_sums;
+    if (&thread != current && !seen) {
+      error("a turn is passed on before all sums are added", CALLER);
       break;
     }
   }

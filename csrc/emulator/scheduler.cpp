@@ -189,7 +189,7 @@ void begin_block(dim3 grid, dim3 size, dim3 at, size_t shared_bytes, int slot,
   shuffle_warps();
 }
 
-bool has_come(const Awaited& awaited) { return *awaited.counter == awaited.value; }
+bool has_come(const Awaited& awaited) { return *awaited.counter >= awaited.value; }
 
 bool any_ready(const Block& one) {
   return std::any_of(one.warps.begin(), one.warps.end(),
@@ -303,7 +303,7 @@ void wait(const char* what) {
 }
 
 void wait_for(const int* counter, int value) {
-  if (*counter == value) return;
+  if (*counter >= value) return;
   block.awaited.push_back({current->number, counter, value});
   wait("the turn of its block");
 }

@@ -21,17 +21,8 @@ void turn_is_kept(SelfTest test) {
   if (threadIdx.x == 0) wait_for_turn(out<int>(test), -1);
 }
 
-void turn_before_sums_are_published(SelfTest test) {
-  if (threadIdx.x == 0) wait_for_turn(out<int>(test), -1);
-  block_barrier();
-  atomic_add(out<float>(test) + 1, 1.0f);
-  block_barrier();
-  if (threadIdx.x == 0) pass_turn(out<int>(test));
-}
-
 void sum_before_its_turn(SelfTest test) {
   atomic_add(out<float>(test) + 1, 1.0f);
-  publish();
   block_barrier();
   if (threadIdx.x == 0) wait_for_turn(out<int>(test), -1);
   block_barrier();
@@ -42,7 +33,6 @@ void sum_before_its_turn(SelfTest test) {
 void sum_beside_the_wait(SelfTest test) {
   if (threadIdx.x == 0) wait_for_turn(out<int>(test), -1);
   if (threadIdx.x == 31) atomic_add(out<float>(test) + 1, 1.0f);
-  publish();
   block_barrier();
   if (threadIdx.x == 0) pass_turn(out<int>(test));
 }
@@ -51,7 +41,6 @@ void turn_beside_the_sum(SelfTest test) {
   if (threadIdx.x == 0) wait_for_turn(out<int>(test), -1);
   block_barrier();
   if (threadIdx.x == 31) atomic_add(out<float>(test) + 1, 1.0f);
-  publish();
   if (threadIdx.x == 0) pass_turn(out<int>(test));
 }
 

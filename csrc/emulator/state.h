@@ -30,8 +30,8 @@ struct Thread {
   void* stack_pointer = nullptr;
   char* stack_top = nullptr;
   bool done = false;
-  bool unpublished = false;  // has sums in global memory that others may not see yet
-  uint32_t published = 0;    // when they were last published, by its clock
+  bool has_sums = false;  // in global memory, since it was last at a barrier of the block
+  uint32_t summed = 0;    // when it has last added to any, by its clock
   const char* waits_for = nullptr;
   std::vector<Copy> open_copies;
   std::deque<std::vector<Copy>> copy_groups;

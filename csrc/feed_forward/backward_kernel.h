@@ -222,7 +222,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
       warp.multiply_dhidden(dx[part], part, nothing);
       add_dx(dx[part], step, part, 0, 1);
     }
-    publish();
   }
   block_barrier();
   uint32_t last_step = first;

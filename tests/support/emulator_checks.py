@@ -310,7 +310,6 @@ CHECKS = [
 MISTAKES = {
     "turn_of_a_later_block": "does not come",
     "turn_is_kept": "ends without passing on its turn",
-    "turn_before_sums_are_published": "before all sums are published",
     "sum_after_its_turn": "a sum outside of its turn",
     "sum_before_its_turn": "a sum outside of its turn",
     "sum_beside_the_wait": "a sum outside of its turn",
