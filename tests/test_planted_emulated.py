@@ -246,7 +246,7 @@ BUGS = {
         "kept().work_step + member(visit) * (given.workspace_rows / kBlockM)",
         "kept().work_step",
         GROUPED,
-        WRONG,
+        "does not come",
     ),
     "backward: a turn is passed twice": (
         KEY_BLOCK,

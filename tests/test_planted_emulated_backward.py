@@ -41,7 +41,10 @@ WIDE = (Case(130, 256, 104, BF16, "silu"), 1)
 KERNEL, WARP = "feed_forward/backward_kernel.h", "feed_forward/backward_warp.h"
 FINISH = "feed_forward/backward_finish.h"
 TURN = "does not come"
-PASS = "    if (thread == 0 && step + 1 < end) pass_turn(given.turns + step + 1);\n"
+PASS = (
+    "    if (thread_again<kThreads>() == 0 && step + 1 < steps_end())\n"
+    "      pass_turn(given.turns + dx_step(step + 1));\n"
+)
 
 # file, correct text, planted text, the case that must fail, and how
 BUGS = {
@@ -61,15 +64,15 @@ BUGS = {
     ),
     "no barrier before the hidden tile is read": (
         KERNEL,
-        "    block_barrier();\n    float dx[",
-        "    float dx[",
+        "    block_barrier();\n    warp.add_to_weights(stage);",
+        "    warp.add_to_weights(stage);",
         PLAIN,
         RACE,
     ),
     "no barrier before the only tile of tokens is overwritten": (
         KERNEL,
-        "      block_barrier();\n      begin_next(step, 0);",
-        "      begin_next(step, 0);",
+        "    block_barrier();\n    if constexpr (Traits::kStages == 2) {\n      stage",
+        "    if constexpr (Traits::kStages == 2) {\n      stage",
         WIDE,
         RACE,
     ),
@@ -227,17 +230,31 @@ BUGS = {
         PLAIN,
         "before all sums are added",
     ),
+    "parts of dx are taken for one": (
+        FINISH,
+        "part < given.dx_parts",
+        "part < 1",
+        PLAIN,
+        WRONG,
+    ),
+    "blocks of a part take turns as those of one sum do": (
+        KERNEL,
+        "order[1] = block / given.dx_parts;",
+        "order[1] = block;",
+        PLAIN,
+        TURN,
+    ),
     "a turn is passed twice": (
         KERNEL,
-        "if (thread == 0 && step + 1 < end) pass_turn",
-        "if (thread < 2 && step + 1 < end) pass_turn",
+        "if (thread_again<kThreads>() == 0 && step + 1 < steps_end())",
+        "if (thread_again<kThreads>() < 2 && step + 1 < steps_end())",
         PLAIN,
         "not waited for",
     ),
     "the last turn is not passed on": (
         KERNEL,
-        "if (thread == 0 && static_cast<int>(last_step) < end) pass_turn(given.turns + last_step);",
-        "",
+        "if (thread == 0 && static_cast<int>(last_step) < steps_end())",
+        "if (false)",
         PLAIN,
         TURN,
     ),
@@ -264,8 +281,8 @@ BUGS = {
     ),
     "dx lacks dropout's factor": (
         FINISH,
-        "pack<Element>(pair[0] * factor, pair[Traits::kThreads] * factor)",
-        "pack<Element>(pair[0], pair[Traits::kThreads + 0 * (factor > 0)])",
+        "pack<Element>(first * factor, second * factor)",
+        "pack<Element>(first, second + 0 * factor)",
         DROPOUT,
         WRONG,
     ),

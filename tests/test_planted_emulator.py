@@ -50,12 +50,12 @@ MUTANTS = {
     ),
     "a turn is taken before it comes": (
         "scheduler.cpp",
-        "if (*counter == value) return;",
+        "if (*counter >= value) return;",
         "if (counter != nullptr || value != 0) return;",
     ),
     "a turn that has come wakes nobody": (
         "scheduler.cpp",
-        "return *awaited.counter == awaited.value;",
+        "return *awaited.counter >= awaited.value;",
         "return awaited.counter == nullptr;",
     ),
     "blocks that run at the same time have one shared memory": (

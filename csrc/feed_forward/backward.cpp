@@ -66,9 +66,18 @@ void run_feed_forward_backward(const FeedForwardGradientArguments& a, Stream str
   given.weight_sums =
       static_cast<float*>(contiguous(a.weight_sums, a.x, wide, {splits, 2, hidden, width}));
   given.bias_sums = static_cast<float*>(contiguous(a.bias_sums, a.x, wide, {splits, hidden}));
+  if (a.dx_sums.sizes.size() != 4 || a.dx_sums.sizes[0] < 1 || a.dx_sums.sizes[0] > kMost) {
+    refuse(a.dx_sums, "shape " + shape_text(a.dx_sums.sizes),
+           "4 dimensions, the first at least 1 and at most 2^29");
+  }
+  const int64_t parts = a.dx_sums.sizes[0];
+  if (parts * steps > kMost) {
+    refuse(a.dx_sums, std::to_string(parts) + " parts", "at most 2^29 steps in all of them");
+  }
+  given.dx_parts = static_cast<int>(parts);
   given.dx_sums =
-      static_cast<float*>(contiguous(a.dx_sums, a.x, wide, {steps, step_tokens, width}));
-  given.turns = static_cast<int*>(contiguous(a.turns, a.x, DType::kInt32, {steps}));
+      static_cast<float*>(contiguous(a.dx_sums, a.x, wide, {parts, steps, step_tokens, width}));
+  given.turns = static_cast<int*>(contiguous(a.turns, a.x, DType::kInt32, {parts, steps}));
   const int columns = static_cast<int>(width);
   check_launch(a.x.dtype == DType::kBfloat16
                    ? feed_forward_backward<Bfloat16>(given, columns, stream)

@@ -8,9 +8,9 @@
 namespace fuseformer {
 
 // dy and dx are like x; dw1, dw2 and db1, which may be missing, like w1, w2 and b1, and contiguous.
-// The others are workspaces in float32: `dx_sums` (steps, tokens of a step, width), zeros at first,
-// as are `turns` (steps,), in int32; `weight_sums` (splits, 2, hidden, width) and `bias_sums`
-// (splits, hidden), of any contents.
+// The others are workspaces in float32: `dx_sums` (parts, steps, tokens of a step, width), zeros at
+// first, as are `turns` (parts, steps), in int32; `weight_sums` (splits, 2, hidden, width) and
+// `bias_sums` (splits, hidden), of any contents.
 struct FeedForwardGradientArguments {
   TensorView dy, x, w1, b1, w2, dx, dw1, db1, dw2, dx_sums, turns, weight_sums, bias_sums;
   TensorView seed;

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const float* sums =
       given.dx_sums + int64_t{blockIdx.x} * (Traits::kBlockM * Traits::kWidth) + thread;
+  const int64_t part_values = int64_t{gridDim.x} * (Traits::kBlockM * Traits::kWidth);
   const float factor = given.forward.seed == nullptr ? 1.0f : given.forward.dropout_scale;
   const int row = static_cast<int>(blockIdx.x) * Traits::kBlockM +
                   warp % Traits::kDxRowWarps * Traits::kDxRowTiles * 16 + lane / 4;
@@ -34,8 +35,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
       FUSEFORMER_UNROLL
       for (int i = 0; i < Traits::kDxColumnTiles; ++i) {
         const float* pair = sums + (4 * Traits::dx_place(tile, i) + 2 * half) * Traits::kThreads;
-        *reinterpret_cast<uint32_t*>(dx + 8 * i) =
-            pack<Element>(pair[0] * factor, pair[Traits::kThreads] * factor);
+        float first = 0.0f, second = 0.0f;
+        for (int part = 0; part < given.dx_parts; ++part, pair += part_values) {
+          first += pair[0];
+          second += pair[Traits::kThreads];
+        }
+        *reinterpret_cast<uint32_t*>(dx + 8 * i) = pack<Element>(first * factor, second * factor);
       }
     }
   }

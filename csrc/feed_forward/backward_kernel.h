@@ -5,7 +5,8 @@
 // elsewhere, and dh = da act'(h): dw2 = dy^T a, dw1 = dh^T x, db1 = colsum(dh), dx = dh w1, all of
 // them times dropout's factor. A block owns hidden units and a range of tokens: its weight
 // gradients stay in registers, and blocks of the same tokens add to dx one after the other, in the
-// order of their units: the sum is the same in every run.
+// order of their units: the sum is the same in every run. Where tokens are few, each block would
+// wait for many others: several sums of dx, which blocks take by turns, shorten the chain.
 #pragma once
 
 #include "../device/atomic.h"
@@ -80,20 +81,32 @@ __global__ void __launch_bounds__(Traits::kThreads)
     dy_copy.begin_if(dy_tile + to, rows_of(given.dy, step - 1) + dy_copy.start, more);
     copy_async_commit();
   };
-  // Adds to dx of a step what a part has summed: of `count` shares, the one at `share`.
+  // Blocks of units have the sums of dx in turns, the ones whose numbers `dx_parts` divides alike
+  // the same. Which these are, how many go before, and the end of the steps lie in shared memory:
+  // there are no registers.
+  int* const order = reinterpret_cast<int*>(dynamic_shared() + Traits::kOrderOffset);
+  if (thread == 0) {
+    const int block = block_unit / kBlockH;
+    order[0] = block % given.dx_parts * steps;
+    order[1] = block / given.dx_parts;
+    order[2] = end;
+  }
+  const auto dx_step = [&](int step) { return order[0] + step; };
+  // Two stages leave no register for it; with one, ptxas spills where it is read from memory.
+  const auto steps_end = [&] { return Traits::kStages == 2 ? order[2] : end; };
+  // Adds to dx of a step what one part of the columns has summed.
   using DxPart = float[Warp::kDxRowTiles][Warp::kDxPartTiles][4];
-  const auto add_dx = [&](const DxPart& dx, int step, int part, int share, int count) {
-    constexpr int kTiles = Warp::kDxRowTiles * Warp::kDxPartTiles;
-    static_assert(kTiles % (kBlockM / 16) == 0 &&
-                  (Traits::kDxParts <= 2 || kTiles % (kBlockH / 16) == 0));
-    float* const sums = given.dx_sums + int64_t{step} * (kBlockM * kWidth) + thread;
+  const auto add_dx = [&](const DxPart& dx, int step, int part) {
+    float* const sums =
+        given.dx_sums + int64_t{dx_step(step)} * (kBlockM * kWidth) + thread_again<kThreads>();
     FUSEFORMER_UNROLL
-    for (int i = 0; i < kTiles / count; ++i) {
-      const int tile = (share * (kTiles / count) + i) / Warp::kDxPartTiles;
-      const int column = (share * (kTiles / count) + i) % Warp::kDxPartTiles;
-      const int place = 4 * Traits::dx_place(tile, part * Warp::kDxPartTiles + column);
+    for (int tile = 0; tile < Warp::kDxRowTiles; ++tile) {
       FUSEFORMER_UNROLL
-      for (int j = 0; j < 4; ++j) atomic_add(sums + (place + j) * kThreads, dx[tile][column][j]);
+      for (int i = 0; i < Warp::kDxPartTiles; ++i) {
+        const int place = 4 * Traits::dx_place(tile, part * Warp::kDxPartTiles + i);
+        FUSEFORMER_UNROLL
+        for (int j = 0; j < 4; ++j) atomic_add(sums + (place + j) * kThreads, dx[tile][i][j]);
+      }
     }
   };
   // Keeps the lane's units of a tile for other warps: those of a tile lie `stored` bytes and
@@ -111,7 +124,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     // Everyone has left the last step, and this step's copies are in.
     copy_async_wait<0>();
     block_barrier();
-    if (thread == 0 && step + 1 < end) pass_turn(given.turns + step + 1);
+    if (thread_again<kThreads>() == 0 && step + 1 < steps_end())
+      pass_turn(given.turns + dx_step(step + 1));
     if constexpr (Traits::kStages == 2) begin_next(step, Traits::kTokenBytes - stage);
     warp.compute_addresses_again();
 
@@ -204,30 +218,30 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
     FUSEFORMER_UNROLL
     for (int place = 0; place < kPartTiles; ++place) finish_tile(Traits::kDyParts - 1, place);
-    if (thread == 0) wait_for_turn(given.turns + step, (params.hidden - warp_units) / kBlockH);
     block_barrier();
-    float dx[Traits::kDxParts][Warp::kDxRowTiles][Warp::kDxPartTiles][4] = {};
-    const auto nothing = [](int, const auto&) {};
-    // The sums of a part leave while the next products run.
-    warp.multiply_dhidden(dx[0], 0, nothing);
-    warp.add_to_weights(stage, [&](int k) { add_dx(dx[0], step, 0, k, kBlockM / 16); });
+    warp.add_to_weights(stage);
+    // The turn is held for one product of five. It is waited for ahead of a barrier, behind which
+    // all threads may add, and nobody reads the tokens of this step any more.
+    if (thread == 0) wait_for_turn(given.turns + dx_step(step), order[1]);
+    block_barrier();
     if constexpr (Traits::kStages == 2) {
       stage = Traits::kTokenBytes - stage;
     } else {
-      block_barrier();
       begin_next(step, 0);
     }
     FUSEFORMER_UNROLL
-    for (int part = 1; part < Traits::kDxParts; ++part) {
-      warp.multiply_dhidden(dx[part], part, nothing);
-      add_dx(dx[part], step, part, 0, 1);
+    for (int part = 0; part < Traits::kDxParts; ++part) {
+      float dx[Warp::kDxRowTiles][Warp::kDxPartTiles][4] = {};
+      warp.multiply_dhidden(dx, part, [](int, const auto&) {});
+      add_dx(dx, step, part);
     }
   }
   block_barrier();
   uint32_t last_step = first;
   // Where there is room, the comparison with `end` is made once, before the loop.
   if constexpr (kFull) compute_again(last_step);
-  if (thread == 0 && static_cast<int>(last_step) < end) pass_turn(given.turns + last_step);
+  if (thread == 0 && static_cast<int>(last_step) < steps_end())
+    pass_turn(given.turns + dx_step(last_step));
 
   write_sums(given, warp);
 }

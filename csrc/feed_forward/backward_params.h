@@ -15,11 +15,12 @@ struct FeedForwardGradientParams {
   void* db1;     // (hidden,), or null
 
   // Sums in float32: those of dx as the threads hold them, of the others by splits of the tokens.
-  float* dx_sums;      // (steps, tokens of a step, width), zeros at first
-  int* turns;          // (steps,), zeros at first: how many blocks have added to dx
+  float* dx_sums;      // (dx_parts, steps, tokens of a step, width), zeros at first
+  int* turns;          // (dx_parts, steps), zeros at first: how many blocks have added to dx
   float* weight_sums;  // (splits, 2, hidden, width): of dw1, and of dw2 transposed
   float* bias_sums;    // (splits, hidden)
   int splits;
+  int dx_parts;  // block u of units adds to part u % dx_parts
 };
 
 }  // namespace fuseformer

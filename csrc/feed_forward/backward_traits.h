@@ -54,14 +54,15 @@ struct FeedForwardBackwardTraits {
   static constexpr int kTokenBytes = 2 * kBlockM * kWidth;
   static constexpr int kHiddenBytes = 2 * kBlockM * kBlockH;
   // Offsets in shared memory: both weights, the tokens of all stages and as much of dy, the hidden
-  // activations and their gradients, b1 in float32.
+  // activations and their gradients, b1 in float32, its sums.
   static constexpr int kTokenOffset = 2 * kWeightBytes;
   static constexpr int kDyOffset = kTokenOffset + kStages * kTokenBytes;
   static constexpr int kHiddenOffset = kDyOffset + kStages * kTokenBytes;
   static constexpr int kBiasOffset = kHiddenOffset + 2 * kHiddenBytes;
   static constexpr int kBiasSumOffset = kBiasOffset + 4 * kBlockH;
   static constexpr int kBiasSums = kWarps * kBiasTiles * 16;
-  static constexpr int kSharedBytes = kBiasSumOffset + 4 * kBiasSums;
+  static constexpr int kOrderOffset = kBiasSumOffset + 4 * kBiasSums;  // three numbers of the block
+  static constexpr int kSharedBytes = kOrderOffset + 16;
 
   static_assert(kTokenWarps * kRowTiles * 16 == kBlockM && kUnitWarps * kUnitTiles * 8 == kBlockH);
   static_assert(kDxRowWarps * kDxRowTiles * 16 == kBlockM &&

@@ -193,8 +193,7 @@ struct FeedForwardBackwardWarp {
   }
 
   // dweight += dh.T @ x, or a.T @ dy
-  template <typename Between>
-  FUSEFORMER_DEVICE void add_to_weights(int stage, const Between& between) {
+  FUSEFORMER_DEVICE void add_to_weights(int stage) {
     // Products with ones sum over the tokens of a step. All columns are the same: the lane of the
     // first ones adds two numbers to the sums in shared memory.
     float dbias[kBiasTiles][4] = {};
@@ -206,13 +205,12 @@ struct FeedForwardBackwardWarp {
         [&](uint32_t (&b)[4], int pair, int step) {
           ldmatrix_x4_transposed(b, token_columns.at(step, pair) + stage);
         },
-        [&](int step, const uint32_t (&a)[kWeightRowTiles][4]) {
+        [&](int, const uint32_t (&a)[kWeightRowTiles][4]) {
           const uint32_t ones = pack<Element>(1.0f, 1.0f);
           FUSEFORMER_UNROLL
           for (int tile = 0; tile < kBiasTiles; ++tile) {
             mma_16x8x16<Element>(dbias[tile], a[tile], ones, ones);
           }
-          between(step);
         });
     if (threadIdx.x % 4 == 0) {
       FUSEFORMER_UNROLL

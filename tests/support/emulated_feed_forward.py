@@ -86,8 +86,9 @@ class Backward:
             "dw2": torch.full(w2.shape, torch.nan, dtype=x.dtype),
         }
         workspaces = {
-            "dx_sums": torch.zeros(-(-tokens // step), step, width),
-            "turns": torch.zeros(-(-tokens // step), dtype=torch.int32),
+            # As many sums of dx as splits of the tokens, so that tests have several of both.
+            "dx_sums": torch.zeros(splits, -(-tokens // step), step, width),
+            "turns": torch.zeros(splits, -(-tokens // step), dtype=torch.int32),
             "weight_sums": torch.full((splits, 2, hidden, width), torch.nan),
             "bias_sums": torch.full((splits, hidden), torch.nan),
         }

@@ -109,6 +109,15 @@ def feed_forward_backward(
     return gradient @ w1, dw1, db1, dw2, dy.sum(0) if has_b2 else None
 
 
+def _dx_parts(steps: int, blocks: int) -> int:
+    """Return how many sums of dx the blocks of hidden units share, where each takes `steps`.
+
+    A block adds to dx of a step after the ones before it in its part, each a quarter of a step
+    later: so many blocks make a part that the last one waits for at most a tenth of its own work.
+    """
+    return -(-blocks // max(1, 1 + 2 * steps // 5))
+
+
 def _resident_backward(
     dy: Tensor,
     x: Tensor,
@@ -126,6 +135,7 @@ def _resident_backward(
     steps, blocks = -(-tokens // step_tokens), -(-hidden // block_units)
     # As many blocks as there are multiprocessors, if tokens suffice.
     splits = max(1, min(multiprocessors(x.device) // max(blocks, 1), steps // _LEAST_STEPS))
+    parts = _dx_parts(-(-steps // splits), blocks)
     dx, dw1, dw2 = x.new_empty(x.shape), w1.new_empty(w1.shape), w2.new_empty(w2.shape)
     db1 = None if b1 is None else b1.new_empty(b1.shape)
     dropout = dropout_arguments(seed, activation, dropout_p)
@@ -139,8 +149,8 @@ def _resident_backward(
         dw1,
         db1,
         dw2,
-        x.new_zeros((steps, step_tokens, width), dtype=torch.float32),
-        x.new_zeros(steps, dtype=torch.int32),
+        x.new_zeros((parts, steps, step_tokens, width), dtype=torch.float32),
+        x.new_zeros((parts, steps), dtype=torch.int32),
         x.new_empty((splits, 2, hidden, width), dtype=torch.float32),
         x.new_empty((splits, hidden), dtype=torch.float32),
         *dropout,
