@@ -256,7 +256,7 @@ BUGS = {
         "if (thread == 0 && static_cast<int>(last_step) < steps_end())",
         "if (false)",
         PLAIN,
-        TURN,
+        "ends without passing on its turn",
     ),
     "dropout decides for the units of the next thirty-two": (
         "feed_forward/dropout.h",

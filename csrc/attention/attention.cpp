@@ -105,6 +105,9 @@ void run_attention_backward(const AttentionGradientArguments& a, Stream stream) 
   const int64_t rows = params.cu_seqlens_q != nullptr ? (a.q.sizes[0] / step + params.batch) * step
                                                       : params.batch * sequence_rows;
   within("rows of the workspaces", rows, 0, std::numeric_limits<int>::max());
+  // A visit of the backward kernel is one number (`backward_order.h`).
+  within("query heads of a key head", params.group, 1, kMostMembers);
+  within("tiles of queries", sequence_rows / step, 0, kMostTiles - 1);
   given.workspace_rows = static_cast<int>(rows);
   given.lse_log2 = workspace(a.lse_log2, a.q, {params.heads, rows});
   given.delta = workspace(a.delta, a.q, {params.heads, rows});

@@ -187,10 +187,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using Warp = BackwardWarp<Traits>;
   using Place = typename Warp::Place;
   // Whether the sums leave no registers for what steps have in common. At 96 random words take
-  // them.
+  // words of dropout do.
   constexpr bool kFull = Traits::kHeadDim * Traits::kBlockM >= 8192;
   using Queries = QueryVisits<Traits, Traits::kSharedBytes - kKeptBytes,
-                              kFull || (kDropout && Traits::kHeadDim == 96)>;
+                              kFull || (kDropout && Traits::kHeadDim >= 64)>;
   using Layout = Tile<Traits::kHeadDim>;
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kKeyBytes = Warp::kKeyBytes, kQueryBytes = Warp::kQueryBytes;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
 
   Queries queries(given);
-  if (queries.kept().visits.count() > 0) {
+  if (queries.kept().visits.any()) {
     const auto begin_copies = [&](auto bounded, int visit, int stage) {
       constexpr bool kBounded = decltype(bounded)::value;
       const SharedAddress lse = shared + Warp::kRowValues + 8 * stage * kBlockM;
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       queries.has_added_to(visit);
       if constexpr (Traits::kStages == 2) stage ^= 1;
     };
-    begin_copies(Constant<true>(), queries.kept().visits.end - 1, 0);
+    begin_copies(Constant<true>(), queries.kept().visits.first(), 0);
     queries.for_each(add_visit);
     block_barrier();
     queries.pass_last_turn();

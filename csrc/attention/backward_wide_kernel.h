@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
 
   QueryVisits<Traits, Traits::kSharedBytes - kKeptBytes, true> queries(given);
-  if (queries.kept().visits.count() > 0) {
+  if (queries.kept().visits.any()) {
     // A visit has two groups of copies: queries with their lse, dout with delta.
     const auto begin_queries = [&](auto bounded, int visit) {
       queries.template begin_queries<decltype(bounded)::value>(shared + Warp::kQueries,
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
       queries.has_added_to(visit);
     };
-    const int first = queries.kept().visits.end - 1;
+    const int first = queries.kept().visits.first();
     begin_queries(Constant<true>(), first);
     begin_dout(Constant<true>(), first);
     queries.for_each(add_visit);

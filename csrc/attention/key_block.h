@@ -86,8 +86,15 @@ struct QueryVisits {
     return at;
   }
 
-  FUSEFORMER_DEVICE int step(int visit) const { return visit / given.forward.group; }
-  FUSEFORMER_DEVICE int member(int visit) const { return visit % given.forward.group; }
+  // Computed again wherever they are used: between, there are no registers for them.
+  FUSEFORMER_DEVICE static int step(uint32_t visit) {
+    if constexpr (kShared) compute_again(visit);
+    return visit >> kMemberBits;
+  }
+  FUSEFORMER_DEVICE static int member(uint32_t visit) {
+    if constexpr (kShared) compute_again(visit);
+    return visit & (kMostMembers - 1);
+  }
   FUSEFORMER_DEVICE int head(int visit) const {
     return kept().block.kv_head * given.forward.group + member(visit);
   }
@@ -141,7 +148,9 @@ struct QueryVisits {
 
   // The tile of a visit in the workspaces.
   FUSEFORMER_DEVICE int tile(int visit) const {
-    return kept().work_step + member(visit) * (given.workspace_rows / kBlockM) + step(visit);
+    uint32_t rows = given.workspace_rows;
+    if constexpr (kShared) compute_again(rows);
+    return kept().work_step + member(visit) * static_cast<int>(rows / kBlockM) + step(visit);
   }
 
   template <bool kBounded>

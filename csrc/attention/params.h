@@ -67,6 +67,12 @@ struct AttentionGradientParams {
   int workspace_rows;
 };
 
+// A visit of a backward block is one number: the tile of queries, and in the low bits the head
+// among those that share the keys.
+constexpr int kMemberBits = 11;
+constexpr int kMostMembers = 1 << kMemberBits;
+constexpr int kMostTiles = 1 << (31 - kMemberBits);
+
 // Wider than any sequence; sums of a few such numbers stay within 32 bits.
 constexpr int kNoWindow = 1 << 29;
 
