@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using Element = typename Traits::Element;
   using Warp = BackwardWarp<Traits>;
   using Place = typename Warp::Place;
-  // Whether the sums leave no registers for what steps have in common. At 96 random words take
-  // words of dropout do.
+  // Whether the sums leave no registers for what visits have in common. With dropout, random words
+  // take them from head dim 64 on.
   constexpr bool kFull = Traits::kHeadDim * Traits::kBlockM >= 8192;
   using Queries = QueryVisits<Traits, Traits::kSharedBytes - kKeptBytes,
                               kFull || (kDropout && Traits::kHeadDim >= 64)>;
