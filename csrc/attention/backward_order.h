@@ -57,8 +57,10 @@ FUSEFORMER_DEVICE void for_each_visit(const Kept& visits, Function&& take) {
         visit = visits().after(visit);
       } while (visit >= visits().full_begin);
     } else {
-      take(Constant<true>(), visit, visits().after(visit));
-      visit = visits().after(visit);
+      do {
+        take(Constant<true>(), visit, visits().after(visit));
+        visit = visits().after(visit);
+      } while (visit >= 0 && !visits().is_full(visit));
     }
   }
 }
