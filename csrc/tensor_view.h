@@ -99,4 +99,9 @@ inline void require_rows_of_16_bytes(const TensorView& x) {
   }
 }
 
+// Throws where a launch of `op` failed: `failure` is what the driver said, null for nothing.
+inline void check_launch(const char* op, const char* failure) {
+  if (failure != nullptr) throw std::runtime_error(std::string(op) + ": " + failure);
+}
+
 }  // namespace fuseformer

@@ -76,9 +76,9 @@ int head_dim_of(const AttentionArguments& a) { return static_cast<int>(a.q.sizes
 
 void run_attention_forward(const AttentionArguments& a, Stream stream) {
   const AttentionParams params = params_of(a);
-  check_launch(a.q.dtype == DType::kBfloat16
-                   ? attention_forward<Bfloat16>(params, head_dim_of(a), stream)
-                   : attention_forward<Half>(params, head_dim_of(a), stream));
+  check_launch("attention", a.q.dtype == DType::kBfloat16
+                                ? attention_forward<Bfloat16>(params, head_dim_of(a), stream)
+                                : attention_forward<Half>(params, head_dim_of(a), stream));
 }
 
 int attention_step_rows(int64_t head_dim, DType dtype) {
@@ -119,8 +119,9 @@ void run_attention_backward(const AttentionGradientArguments& a, Stream stream) 
     require_contiguous(a.dq_turns);
     given.dq_turns = static_cast<int*>(a.dq_turns.data);
   }
-  check_launch(a.q.dtype == DType::kBfloat16 ? attention_backward<Bfloat16>(given, head_dim, stream)
-                                             : attention_backward<Half>(given, head_dim, stream));
+  check_launch("attention", a.q.dtype == DType::kBfloat16
+                                ? attention_backward<Bfloat16>(given, head_dim, stream)
+                                : attention_backward<Half>(given, head_dim, stream));
 }
 
 }  // namespace fuseformer

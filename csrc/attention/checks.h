@@ -71,8 +71,4 @@ inline float positive_scale(double scale) {
   return narrow;
 }
 
-inline void check_launch(const char* failure) {
-  if (failure != nullptr) throw std::runtime_error(std::string("attention: ") + failure);
-}
-
 }  // namespace fuseformer

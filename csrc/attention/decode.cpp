@@ -60,8 +60,9 @@ void run_decode(const DecodeArguments& a, Stream stream) {
   }
   if (a.q.numel() == 0) return;
   const int dim = static_cast<int>(head_dim);
-  check_launch(a.q.dtype == DType::kBfloat16 ? attention_decode<Bfloat16>(params, dim, stream)
-                                             : attention_decode<Half>(params, dim, stream));
+  check_launch("attention", a.q.dtype == DType::kBfloat16
+                                ? attention_decode<Bfloat16>(params, dim, stream)
+                                : attention_decode<Half>(params, dim, stream));
 }
 
 }  // namespace fuseformer

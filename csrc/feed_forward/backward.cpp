@@ -79,9 +79,9 @@ void run_feed_forward_backward(const FeedForwardGradientArguments& a, Stream str
       static_cast<float*>(contiguous(a.dx_sums, a.x, wide, {parts, steps, step_tokens, width}));
   given.turns = static_cast<int*>(contiguous(a.turns, a.x, DType::kInt32, {parts, steps}));
   const int columns = static_cast<int>(width);
-  check_launch(a.x.dtype == DType::kBfloat16
-                   ? feed_forward_backward<Bfloat16>(given, columns, stream)
-                   : feed_forward_backward<Half>(given, columns, stream));
+  check_launch("feed_forward", a.x.dtype == DType::kBfloat16
+                                   ? feed_forward_backward<Bfloat16>(given, columns, stream)
+                                   : feed_forward_backward<Half>(given, columns, stream));
 }
 
 int64_t feed_forward_step_tokens(int64_t width, DType dtype) {

@@ -67,8 +67,4 @@ inline const void* bias(const TensorView& x, const TensorView& like, int64_t siz
   return x.data;
 }
 
-inline void check_launch(const char* failure) {
-  if (failure != nullptr) throw std::runtime_error(std::string("feed_forward: ") + failure);
-}
-
 }  // namespace fuseformer

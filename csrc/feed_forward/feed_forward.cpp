@@ -25,7 +25,8 @@ void run_feed_forward_forward(const FeedForwardArguments& a, Stream stream) {
   params.b2 = bias(a.b2, a.x, width);
   give_dropout(params, a, a.x);
   const int columns = static_cast<int>(width);
-  check_launch(a.x.dtype == DType::kBfloat16
+  check_launch("feed_forward",
+               a.x.dtype == DType::kBfloat16
                    ? feed_forward_forward<Bfloat16>(params, columns, activation, stream)
                    : feed_forward_forward<Half>(params, columns, activation, stream));
 }

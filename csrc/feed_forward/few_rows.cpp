@@ -45,8 +45,9 @@ void run_few_rows_hidden(const FewRowsHiddenArguments& a, Stream stream) {
   }
   give_dropout(params, a, a.x);
   params.activation = activation_of(a.activation);
-  check_launch(a.x.dtype == DType::kBfloat16 ? few_rows_hidden<Bfloat16>(params, stream)
-                                             : few_rows_hidden<Half>(params, stream));
+  check_launch("feed_forward", a.x.dtype == DType::kBfloat16
+                                   ? few_rows_hidden<Bfloat16>(params, stream)
+                                   : few_rows_hidden<Half>(params, stream));
 }
 
 void run_few_rows_output(const FewRowsOutputArguments& a, Stream stream) {
@@ -65,8 +66,9 @@ void run_few_rows_output(const FewRowsOutputArguments& a, Stream stream) {
     params.split_columns = static_cast<int>((chunks + splits - 1) / splits * Tiles::kChunk);
     params.partial = static_cast<float*>(a.partial.data);
   }
-  check_launch(a.act.dtype == DType::kBfloat16 ? few_rows_output<Bfloat16>(params, stream)
-                                               : few_rows_output<Half>(params, stream));
+  check_launch("feed_forward", a.act.dtype == DType::kBfloat16
+                                   ? few_rows_output<Bfloat16>(params, stream)
+                                   : few_rows_output<Half>(params, stream));
 }
 
 }  // namespace fuseformer

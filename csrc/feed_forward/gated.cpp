@@ -29,8 +29,9 @@ void run_gated_activation(const GatedArguments& a, Stream stream) {
   params.hidden = static_cast<int>(hidden);
   give_dropout(params, a, a.x);
   params.activation = activation_of(a.activation);
-  check_launch(a.x.dtype == DType::kBfloat16 ? gated_activation<Bfloat16>(params, stream)
-                                             : gated_activation<Half>(params, stream));
+  check_launch("feed_forward", a.x.dtype == DType::kBfloat16
+                                   ? gated_activation<Bfloat16>(params, stream)
+                                   : gated_activation<Half>(params, stream));
 }
 
 void run_gated_gradient(const GatedGradientArguments& a, Stream stream) {
@@ -46,8 +47,9 @@ void run_gated_gradient(const GatedGradientArguments& a, Stream stream) {
   params.hidden = static_cast<int>(sizes[1]);
   give_dropout(params, a, a.dact);
   params.activation = activation_of(a.activation);
-  check_launch(a.dact.dtype == DType::kBfloat16 ? gated_gradient<Bfloat16>(params, stream)
-                                                : gated_gradient<Half>(params, stream));
+  check_launch("feed_forward", a.dact.dtype == DType::kBfloat16
+                                   ? gated_gradient<Bfloat16>(params, stream)
+                                   : gated_gradient<Half>(params, stream));
 }
 
 }  // namespace fuseformer

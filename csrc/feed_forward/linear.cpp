@@ -21,8 +21,9 @@ void run_linear_activation(const LinearArguments& a, Stream stream) {
   params.hidden = static_cast<int>(hidden);
   give_dropout(params, a, a.x);
   params.activation = activation_of(a.activation);
-  check_launch(a.x.dtype == DType::kBfloat16 ? linear_activation<Bfloat16>(params, stream)
-                                             : linear_activation<Half>(params, stream));
+  check_launch("feed_forward", a.x.dtype == DType::kBfloat16
+                                   ? linear_activation<Bfloat16>(params, stream)
+                                   : linear_activation<Half>(params, stream));
 }
 
 void run_activation_gradient(const ActivationGradientArguments& a, Stream stream) {
@@ -42,8 +43,9 @@ void run_activation_gradient(const ActivationGradientArguments& a, Stream stream
   params.hidden = static_cast<int>(hidden);
   give_dropout(params, a, a.dact);
   params.activation = activation_of(a.activation);
-  check_launch(a.dact.dtype == DType::kBfloat16 ? activation_gradient<Bfloat16>(params, stream)
-                                                : activation_gradient<Half>(params, stream));
+  check_launch("feed_forward", a.dact.dtype == DType::kBfloat16
+                                   ? activation_gradient<Bfloat16>(params, stream)
+                                   : activation_gradient<Half>(params, stream));
 }
 
 }  // namespace fuseformer

@@ -47,7 +47,11 @@ STANDARD_HEADERS = (
     "type_traits",
     "vector",
 )
-FEED_FORWARD = ("backward", "feed_forward", "few_rows", "gated", "linear")
+#: The sources of each family that check arguments and launch.
+HOST = {
+    "attention": ("attention", "decode"),
+    "feed_forward": ("backward", "feed_forward", "few_rows", "gated", "linear"),
+}
 MODES = {
     "plain": ["-Og"],  # what takes time are the primitives, which are compiled with -O2
     "shadow": [
@@ -71,7 +75,8 @@ def _run(command: Sequence[str | Path]) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """Return the path of g++."""
     found = shutil.which("g++")
     if found is None:
         raise RuntimeError("the emulator needs g++: install a C++ compiler")
@@ -123,7 +128,7 @@ def _precompiled_headers(flags: Sequence[str]) -> list[str | Path]:
     def make(part: Path) -> None:
         header = part.with_suffix("")  # beside which what is parsed will be looked for
         header.write_text(text)
-        _run([_compiler(), *_FLAGS, *flags, "-x", "c++-header", header, "-o", part])
+        _run([compiler(), *_FLAGS, *flags, "-x", "c++-header", header, "-o", part])
 
     made = _kept("standard.h.gch", (text, flags, _FLAGS, _machine()), make)
     assert made is not None
@@ -133,10 +138,10 @@ def _precompiled_headers(flags: Sequence[str]) -> list[str | Path]:
 @cache
 def _machine() -> str:
     """Return the compiler's version and what it takes this processor for."""
-    asked = [_compiler(), "-march=native", "-Q", "--help=target"]
+    asked = [compiler(), "-march=native", "-Q", "--help=target"]
     said = [
         subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for command in ([_compiler(), "--version"], asked)
+        for command in ([compiler(), "--version"], asked)
     ]
     return "".join(said)
 
@@ -151,10 +156,22 @@ def _compiled(source: Path, flags: Sequence[str], sources: Path, *, wait: bool) 
     def make(part: Path) -> None:
         # Hundreds of variants of the kernels are compiled for shadow mode.
         headers = _precompiled_headers(flags) if flags == MODES["shadow"] else []
-        command = [_compiler(), *_FLAGS, *flags, *headers, f"-I{sources}", "-x", "c++"]
+        command = [compiler(), *_FLAGS, *flags, *headers, f"-I{sources}", "-x", "c++"]
         _run([*command, "-c", source, "-o", part])
 
     return _kept(f"{source.stem}.o", inputs, make, wait=wait)
+
+
+def kept_object(source: Path, flags: Sequence[str], sources: Path) -> Path:
+    """Return the object of a source file of `sources`, compiled with these flags alone."""
+
+    def make(part: Path) -> None:
+        _run([compiler(), *flags, f"-I{sources}", "-c", source, "-o", part])
+
+    inputs = (_texts(source, sources), flags, _machine())
+    made = _kept(f"{source.stem}.o", inputs, make)
+    assert made is not None
+    return made
 
 
 def _all_compiled(work: Sequence[tuple[Path, Sequence[str], Path]]) -> list[Path]:
@@ -164,40 +181,61 @@ def _all_compiled(work: Sequence[tuple[Path, Sequence[str], Path]]) -> list[Path
     return [path for path in made if path is not None]
 
 
+def _linked(objects: Sequence[Path], flags: Sequence[str]) -> Path:
+    # Two builds may be loaded at once: each calls its own functions.
+    flags = ["-shared", "-Wl,-Bsymbolic", *flags]
+    command = [compiler(), *flags, *objects, "-ldl", "-o"]
+    inputs = ([path.name for path in objects], flags)
+    library = _kept("_emulator.so", inputs, lambda part: _run([*command, part]))
+    assert library is not None
+    return library
+
+
+def link_all_families(sources: Path = SOURCES) -> Path:
+    """Return one library of the emulator and the kernels and host code of all families.
+
+    Raises `RuntimeError` with what the linker said, of functions defined twice or not at all.
+    """
+    work: list[tuple[Path, Sequence[str], Path]] = [
+        (SOURCES / "emulator" / f"{name}.cpp", ["-O2"], SOURCES) for name in RUNTIME
+    ]
+    for family, host in HOST.items():
+        units = sorted((sources / family).glob("*.cu"))
+        work += [(unit, MODES["plain"], sources) for unit in units]
+        work += [(sources / family / f"{name}.cpp", ["-O2"], sources) for name in host]
+    return _linked(_all_compiled(work), ["-Wl,--no-undefined"])
+
+
 def build(
     mode: str,
     kernels: Path | None = None,
     *,
     family: str = "attention",
     bindings: str = "bindings",
-    host: Sequence[str] = ("attention/attention.cpp", "attention/decode.cpp"),
+    host: Sequence[str] | None = None,
     sources: Path = SOURCES,
     runtime: Path = SOURCES,
 ) -> ModuleType:
     """Return the emulator with the kernels of a translation unit, those that ship unless given.
 
     `family` names the folder of those, `bindings` the file of the emulator that offers them to
-    Python, `host` the sources that check arguments and launch. The kernels' headers come from
-    `sources`, the emulator from `runtime`: both may be changed copies of the folder. Raises
-    `RuntimeError` with what the compiler said.
+    Python, `host` the sources that check arguments and launch, those of the family unless given.
+    The kernels' headers come from `sources`, the emulator from `runtime`: both may be changed
+    copies of the folder. Raises `RuntimeError` with what the compiler said.
     """
     units = [kernels] if kernels else sorted((sources / family).glob("*.cu"))
+    host = HOST[family] if host is None else host
     python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     rest = MODES[mode] if mode == "sanitized" else ["-O2"]
     objects = _all_compiled(
         [
             *((unit, MODES[mode], sources) for unit in units),
             *((runtime / "emulator" / f"{name}.cpp", rest, runtime) for name in RUNTIME),
-            *((sources / name, rest, sources) for name in host),
+            *((sources / family / f"{name}.cpp", rest, sources) for name in host),
             (SOURCES / "emulator" / f"{bindings}.cpp", [*python, "-fvisibility=hidden"], SOURCES),
         ]
     )
-    names = [path.name for path in objects]
-    # Two builds may be loaded at once: each calls its own functions.
-    flags = ["-shared", "-Wl,-Bsymbolic", *(rest if mode == "sanitized" else [])]
-    command = [_compiler(), *flags, *objects, "-ldl", "-o"]
-    library = _kept("_emulator.so", (names, flags), lambda part: _run([*command, part]))
-    assert library is not None
+    library = _linked(objects, rest if mode == "sanitized" else [])
     # pybind11 takes two modules of one name for the same.
     spec = importlib.util.spec_from_file_location(f"{library.name[:24]}._emulator", library)
     assert spec is not None
@@ -216,7 +254,6 @@ def build_feed_forward(
         kernels,
         family="feed_forward",
         bindings="feed_forward_bindings",
-        host=tuple(f"feed_forward/{name}.cpp" for name in FEED_FORWARD),
         sources=sources,
     )
 
